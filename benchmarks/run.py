@@ -1,0 +1,231 @@
+"""Speed and memory against transformers, as ratios measured in one run.
+
+    python benchmarks/run.py [--model_path FOLDER] [--rounds 5] [--output numbers.json]
+
+Both models load the same checkpoint. The two sides of each comparison take turns, so
+that a machine that slows down slows both, and the middle ratio is reported. Above 1 the
+first side is faster, or takes more memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import PaliGemmaForConditionalGeneration as Reference
+from transformers.utils import logging
+
+from vlm import (
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PaliGemmaProcessor,
+    generate,
+    load_hf_model,
+    save_hf_model,
+)
+from vlm.scenes import HELD_OUT_SEEDS, make_scene
+from vlm.weights import find_checkpoint
+
+NEW_TOKENS = 32
+
+PEAK_MEMORY = """
+import resource, sys
+{imports}
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+{load}
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+LOAD_OURS = ("from vlm import load_hf_model", "load_hf_model(sys.argv[1], 'cpu')")
+LOAD_REFERENCE = (
+    "import torch\nfrom transformers import PaliGemmaForConditionalGeneration as Model",
+    "Model.from_pretrained(sys.argv[1])",
+)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compare(
+    name: str, ours: Callable[[], object], other: Callable[[], object], rounds: int
+) -> dict[str, float | str]:
+    """Time both in turns, after one warm-up of each; `ratio` is other / ours."""
+    ours(), other()
+    pairs = [(seconds(ours), seconds(other)) for _ in range(rounds)]
+    ratios = [b / a for a, b in pairs]
+    return {
+        "name": name,
+        "milliseconds": 1e3 * statistics.median(a for a, _ in pairs),
+        "other_milliseconds": 1e3 * statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+    }
+
+
+def peak_memory(imports: str, load: str, folder: Path) -> float:
+    """MiB that a fresh process needs on top of its imports to load a checkpoint."""
+    program = PEAK_MEMORY.format(imports=imports, load=load)
+    command = [sys.executable, "-c", program, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes on macOS
+    return int(done.stdout.split()[-1]) / unit
+
+
+@torch.no_grad()
+def speed(folder: Path, rounds: int) -> list[dict[str, float | str]]:
+    """Prefill and generation, ours against transformers' and against ourselves."""
+    model, tokenizer = load_hf_model(folder, "cpu")
+    reference = Reference.from_pretrained(folder).eval()
+    vision = model.config.vision_config
+    processor = PaliGemmaProcessor(
+        tokenizer, vision.num_image_tokens, vision.image_size
+    )
+    scenes = [make_scene(seed, vision.image_size) for seed in HELD_OUT_SEEDS[:8]]
+    one = processor(["caption en"], [scenes[0].image])
+    eight = processor(["caption en"] * 8, [scene.image for scene in scenes])
+
+    def typed(inputs: dict) -> dict:
+        return inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
+
+    def write(inputs: dict, cache: str = "dynamic") -> object:
+        never = {"max_new_tokens": NEW_TOKENS, "cache": cache}
+        return generate(model, Endless(tokenizer), inputs, **never)
+
+    def write_reference(inputs: dict) -> object:
+        settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+        return reference.generate(**typed(inputs), do_sample=False, **settings)
+
+    def write_without_cache() -> None:
+        inputs = dict(one)
+        for _ in range(NEW_TOKENS):
+            logits = model(**inputs, logits_to_keep=1)["logits"]
+            token = logits[:, -1].argmax(-1, keepdim=True)
+            inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
+            mask = inputs["attention_mask"]
+            inputs["attention_mask"] = torch.cat([mask, torch.ones_like(token)], dim=1)
+
+    steps = f"{NEW_TOKENS} tokens"
+    return [
+        compare(
+            "prefill of 8, ours : transformers",
+            lambda: model(**eight, logits_to_keep=1),
+            lambda: reference(**typed(eight), logits_to_keep=1),
+            rounds,
+        ),
+        compare(
+            f"{steps}, ours : transformers",
+            lambda: write(one),
+            lambda: write_reference(one),
+            rounds,
+        ),
+        compare(
+            f"{steps} of 8 rows, ours : transformers",
+            lambda: write(eight),
+            lambda: write_reference(eight),
+            rounds,
+        ),
+        compare(
+            f"{steps}, cache : none", lambda: write(one), write_without_cache, rounds
+        ),
+        compare(
+            f"{steps}, static : dynamic cache",
+            lambda: write(one, "static"),
+            lambda: write(one),
+            rounds,
+        ),
+        compare(
+            f"8 × {steps}, in one batch : one by one",
+            lambda: write(eight),
+            lambda: [
+                write({name: tensor[i : i + 1] for name, tensor in eight.items()})
+                for i in range(8)
+            ],
+            rounds,
+        ),
+    ]
+
+
+class Endless:
+    """A tokenizer whose EOS never comes, so that every run writes as many tokens."""
+
+    eos_token_id = -1
+
+    def __init__(self, tokenizer: object):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._tokenizer, name)
+
+
+def memory(tokenizer_folder: Path) -> dict[str, float]:
+    """Peak memory of loading a random checkpoint of about 300 MB, in file sizes."""
+    _, tokenizer = load_hf_model(tokenizer_folder, "cpu")
+    config = PaliGemmaConfig(
+        vision_config={
+            "hidden_size": 512,
+            "intermediate_size": 2048,
+            "num_hidden_layers": 8,
+            "num_attention_heads": 8,
+        },
+        text_config={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 6,
+            "vocab_size": 2176,
+        },
+        projection_dim=768,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        save_hf_model(PaliGemmaForConditionalGeneration(config), tokenizer, folder)
+        size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2**20
+        ours = peak_memory(*LOAD_OURS, folder)
+        reference = peak_memory(*LOAD_REFERENCE, folder)
+    return {"file_mib": size, "ours": ours / size, "transformers": reference / size}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_path", help="default: the embedded checkpoint")
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each side")
+    parser.add_argument("--output", type=Path, help="write the numbers here, as JSON")
+    arguments = parser.parse_args()
+    logging.disable_progress_bar()
+    folder = find_checkpoint(arguments.model_path)
+
+    rows = speed(folder, arguments.rounds)
+    threads = torch.get_num_threads()
+    print(f"{folder.name}, CPU, {threads} threads, torch {torch.__version__}")
+    print(f"{'':44}{'ms':>9}{'other ms':>10}{'ratio':>8}   lowest … highest")
+    for row in rows:
+        print(
+            f"{row['name']:44}{row['milliseconds']:9.1f}"
+            f"{row['other_milliseconds']:10.1f}{row['ratio']:8.2f}"
+            f"   {row['lowest']:.2f} … {row['highest']:.2f}"
+        )
+    needed = memory(folder)
+    print(
+        f"\npeak memory to load a file of {needed['file_mib']:.0f} MiB, in file sizes"
+    )
+    print(f"  ours {needed['ours']:.2f}, transformers {needed['transformers']:.2f}")
+    if arguments.output:
+        numbers = {"threads": threads, "speed": rows, "memory": needed}
+        text = json.dumps(numbers, indent=2) + "\n"
+        arguments.output.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

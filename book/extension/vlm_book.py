@@ -1,0 +1,210 @@
+"""What the rendered book adds to the notebooks, without touching them.
+
+- `#|` lines (nbdev's directives) are stripped; a cell that has nothing else goes away.
+- `#| default_exp rope` becomes a badge that says which module the chapter builds, and
+  exported cells get a tab with the file's name. Both link to the API page.
+- Chapter numbers come from file names: `05_rope.ipynb` is chapter 5.
+- The API page lists every module that a notebook exports, in the order of the book.
+- Scripts and styles come from `book/`, so that no page asks the network for anything.
+"""
+
+import json
+import re
+from pathlib import Path
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.transforms import SphinxTransform
+from sphinx.util import logging
+
+BOOK = Path(__file__).resolve().parent.parent
+ROOT = BOOK.parent
+DIRECTIVE = re.compile(r"^#\|[ \t]*(\w+)[ \t]*(.*?)[ \t]*$", re.MULTILINE)
+CHAPTER = re.compile(r"^notebooks/(\d\d)_(\w+)$")
+ICON_FONT = re.compile(r"<link[^>]+href=\"https?://[^\"]*font-awesome[^\"]*\"[^>]*>")
+ABSENT = ("sphinx_thebe", "sphinx_comments")
+
+logger = logging.getLogger(__name__)
+
+
+def api_link(module: str, text: str, *classes: str) -> addnodes.pending_xref:
+    """A reference to a module's section of the API page."""
+    link = addnodes.pending_xref(
+        "",
+        nodes.inline("", text, classes=["std", "std-ref", *classes]),
+        refdomain="std",
+        reftype="ref",
+        reftarget=f"api-{module}",
+        refexplicit=True,
+        refwarn=True,
+    )
+    return link
+
+
+class ReadableCells(SphinxTransform):
+    """Strip `#|` lines, drop cells that were only those, and say what is exported."""
+
+    default_priority = 400
+
+    def apply(self, **kwargs) -> None:
+        chapter = CHAPTER.match(self.env.docname)
+        if not chapter:
+            return
+        module = chapter[2]
+        self.link = lambda text: api_link(module, text, "module-file")
+        cells = [
+            node
+            for node in self.document.findall(nodes.container)
+            if node.get("nb_element") == "cell_code"
+        ]
+        for cell in cells:
+            self.tidy(cell, module)
+
+    def tidy(self, cell: nodes.container, module: str) -> None:
+        sources = [
+            block
+            for part in cell.children
+            if isinstance(part, nodes.container)
+            and part.get("nb_element") == "cell_code_source"
+            for block in part.findall(nodes.literal_block)
+        ]
+        if not sources:
+            return
+        block = sources[0]
+        text = block.astext()
+        found = dict(DIRECTIVE.findall(text))
+        if not found:
+            return
+        code = DIRECTIVE.sub("", text).strip("\n")
+        if "default_exp" in found:
+            badge = nodes.paragraph("", classes=["builds-badge"])
+            badge += nodes.inline("", "This chapter builds ")
+            badge += self.link(f"vlm/{module}.py")
+            cell.replace_self(badge)
+        elif not code:
+            cell.parent.remove(cell)
+        else:
+            block.rawsource = code
+            block.children = [nodes.Text(code)]
+            if {"export", "exporti", "exports"} & set(found):
+                cell["classes"].append("exported")
+                tab = nodes.paragraph("", classes=["export-tab"])
+                tab += self.link(f"vlm/{module}.py")
+                cell.insert(0, tab)
+
+
+class ChapterNumber(SphinxTransform):
+    """Put the number from the file's name before a chapter's title, and its promise."""
+
+    default_priority = 410
+
+    def apply(self, **kwargs) -> None:
+        chapter = CHAPTER.match(self.env.docname)
+        title = next(self.document.findall(nodes.title), None)
+        if not chapter or title is None:
+            return
+        number = nodes.inline("", str(int(chapter[1])), classes=["chapter-number"])
+        title.insert(0, [number, nodes.Text("\u2002")])
+        quote = next(self.document.findall(nodes.block_quote), None)
+        if quote is not None and quote.parent is title.parent:
+            quote["classes"].append("promise")
+
+
+def drop_icon_font(app: Sphinx, doctree: nodes.document) -> None:
+    """Matplotlib's animations ask a content network for icons that the theme has."""
+    for raw in doctree.findall(nodes.raw):
+        if raw.get("format") == "html" and "font-awesome" in raw.astext():
+            raw.children = [nodes.Text(ICON_FONT.sub("", raw.astext()))]
+            raw.rawsource = ICON_FONT.sub("", raw.rawsource)
+
+
+def exported_modules() -> list[tuple[str, str, str]]:
+    """Every chapter that builds a module: (number, name, title), in order."""
+    found = []
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        sources = ["".join(cell["source"]) for cell in cells]
+        name = next(
+            (m[1] for s in sources if (m := re.match(r"#\| *default_exp +(\w+)", s))),
+            "",
+        )
+        title = next((s.splitlines()[0][2:] for s in sources if s.startswith("# ")), "")
+        if name and (ROOT / "vlm" / f"{name}.py").exists():
+            found.append((path.stem, name, title))
+    return found
+
+
+def fill_api_page(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Write a section for each module into the API page as it is read."""
+    if docname != "book/api":
+        return
+    sections = [source[0]]
+    for stem, name, title in exported_modules():
+        sections.append(
+            f"(api-{name})=\n## vlm.{name}\n\n"
+            f"Chapter {int(stem[:2])}, [{title}](../notebooks/{stem}.ipynb).\n\n"
+            f"```{{eval-rst}}\n.. automodule:: vlm.{name}\n   :members:\n"
+            "   :show-inheritance:\n```\n"
+        )
+    source[0] = "\n".join(sections)
+
+
+def short_docstring(app, what, name, obj, options, lines) -> None:
+    """The API page says where a module is built; its docstring needn't say so again."""
+    if what == "module":
+        lines[:] = [
+            line for line in lines if not line.startswith("Built in notebooks/")
+        ]
+
+
+def plain_signature(app, what, name, obj, options, signature, returns):
+    """Leave only the names in signatures: `jaxtyping.Float[Tensor, "B T"]` is long."""
+    clean = [
+        re.sub(r"\b(?:jaxtyping|torch|pathlib|collections\.abc)\.", "", part or "")
+        for part in (signature, returns)
+    ]
+    return clean[0] or None, clean[1] or None
+
+
+def add_files(app: Sphinx, config) -> None:
+    """Serve `book/vendor` and `book/style` (not through `_static`, where Jupyter Book
+    would load every script on every page)."""
+    config.html_static_path += [str(BOOK / "vendor"), str(BOOK / "style")]
+    config.mathjax_path = "mathjax/tex-svg.js"
+    config.mathjax3_config = {
+        "options": {"enableMenu": False},
+        "svg": {"fontCache": "global"},
+    }
+    config.nb_ipywidgets_js = {"widgets/mathjax-shim.js": {}, "widgets/embed.js": {}}
+    address = config.html_theme_options.get("repository_url")
+    config.html_theme_options["use_repository_button"] = bool(address)
+    if not address:
+        config.html_theme_options.pop("repository_url", None)
+        config.html_theme_options.pop("launch_buttons", None)
+
+
+def drop_absent_extensions(app: Sphinx) -> None:
+    """Unhook extensions of Jupyter Book's that fetch scripts from elsewhere."""
+    for name, listeners in app.events.listeners.items():
+        app.events.listeners[name] = [
+            one for one in listeners if one.handler.__module__ not in ABSENT
+        ]
+    app.registry.css_files[:] = [
+        (name, attributes)
+        for name, attributes in app.registry.css_files
+        if name != "sphinx-thebe.css"
+    ]
+
+
+def setup(app: Sphinx) -> dict:
+    drop_absent_extensions(app)
+    app.connect("config-inited", add_files, priority=100)
+    app.connect("source-read", fill_api_page)
+    app.connect("doctree-read", drop_icon_font)
+    app.connect("autodoc-process-docstring", short_docstring)
+    app.connect("autodoc-process-signature", plain_signature)
+    app.add_transform(ReadableCells)
+    app.add_transform(ChapterNumber)
+    app.add_css_file("vlm.css", priority=900)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,220 @@
+"""Judge a checkpoint on the 500 held-out scenes: a table, and JSON for the chapters.
+
+    python tools/evaluate.py [--model_path FOLDER] [--write]
+
+With --write the numbers go into the checkpoint's folder: `evaluation.json`, and the
+table of its model card.
+
+Captions: F1 of the kinds named (over all scenes together), and the share that is right
+to the letter. Detection: every kind in a scene is asked for, and two that aren't there;
+average precision by pycocotools, objects ranked by their score. Answers: the share that
+is right to the letter. Nothing here is trained on, and nothing is tuned to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from tqdm import tqdm
+
+from vlm import PaliGemmaProcessor, load_hf_model, parse_detections
+from vlm.sampling import Generation, generate_tokens
+from vlm.scenes import (
+    HELD_OUT_SEEDS,
+    HELD_OUT_STYLE,
+    STYLES,
+    Question,
+    Scene,
+    absent_kind,
+    all_kinds,
+    caption_question,
+    count_question,
+    detect_question,
+    make_scene,
+    parse_caption,
+    presence_question,
+    relation_questions,
+)
+from vlm.weights import find_checkpoint
+
+ABSENT_PER_SCENE = 2
+START, END = "<!-- numbers -->", "<!-- /numbers -->"
+
+
+def exam(scene: Scene, seed: int) -> list[Question]:
+    """The questions that a held-out scene is judged by; the same every time."""
+    rng = random.Random(seed)
+    present = list(scene.counts)
+    absent = [absent_kind(scene, rng) for _ in range(ABSENT_PER_SCENE)]
+    relations = relation_questions(scene)
+    return [
+        caption_question(scene),
+        *(detect_question(scene, [kind]) for kind in [*present, *absent]),
+        *(count_question(scene, kind) for kind in present),
+        *(presence_question(scene, kind) for kind in [rng.choice(present), absent[0]]),
+        *(rng.sample(relations, min(2, len(relations)))),
+    ]
+
+
+def answer_all(
+    model, processor: PaliGemmaProcessor, scenes: Sequence[Scene], seeds: Sequence[int]
+) -> Iterator[tuple[int, Question, Generation]]:
+    """(index of the scene, question, what the model wrote) for all questions."""
+    for index, (scene, seed) in enumerate(zip(tqdm(scenes), seeds, strict=True)):
+        questions = exam(scene, seed)
+        inputs = processor(
+            [q.prompt for q in questions], [scene.image] * len(questions)
+        )
+        rows = generate_tokens(model, processor.tokenizer, inputs, max_new_tokens=64)
+        for question, row in zip(questions, rows, strict=True):
+            yield index, question, row
+
+
+def f1(found: Counter, truth: Counter) -> float:
+    """Harmonic mean of precision and recall of two bags of names."""
+    right = (found & truth).total()
+    return 2 * right / max(found.total() + truth.total(), 1)
+
+
+def average_precision(
+    scenes: Sequence[Scene], results: list[dict], side: int
+) -> tuple[float, float]:
+    """(AP50, AP50:95) by pycocotools; boxes are [x, y, width, height]."""
+    ids = {name: i + 1 for i, name in enumerate(all_kinds())}
+    annotations = []
+    for index, scene in enumerate(scenes):
+        for thing in scene.objects:
+            x0, y0, x1, y1 = thing.box
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": index,
+                    "category_id": ids[thing.kind],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": (x1 - x0) * (y1 - y0),
+                    "iscrowd": 0,
+                }
+            )
+    if not results:
+        return 0.0, 0.0
+    truth = COCO()
+    truth.dataset = {
+        "info": {},
+        "images": [
+            {"id": i, "width": side, "height": side} for i in range(len(scenes))
+        ],
+        "annotations": annotations,
+        "categories": [{"id": i, "name": name} for name, i in ids.items()],
+    }
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth.createIndex()
+        judge = COCOeval(truth, truth.loadRes(results), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    return float(judge.stats[1]), float(judge.stats[0])
+
+
+def evaluate(
+    model, tokenizer, seeds: Sequence[int], styles: Sequence[str] = STYLES
+) -> dict[str, float]:
+    """All the numbers for scenes of these seeds, with stickers of these styles."""
+    vision = model.config.vision_config
+    side = vision.image_size
+    processor = PaliGemmaProcessor(tokenizer, vision.num_image_tokens, side)
+    scenes = [make_scene(seed, side, styles) for seed in seeds]
+    ids = {name: i + 1 for i, name in enumerate(all_kinds())}
+    named, present = Counter(), Counter()
+    right: dict[str, list[bool]] = {}
+    boxes: list[dict] = []
+    invalid = 0
+    for index, question, row in answer_all(model, processor, scenes, seeds):
+        right.setdefault(question.task, []).append(row.text == question.answer)
+        if question.task == "caption":
+            named += Counter({(index, k): 1 for k in parse_caption(row.text)})
+            present += Counter({(index, k): 1 for k in scenes[index].counts})
+        elif question.task == "detect":
+            objects = parse_detections(row, side, side)
+            invalid += objects.invalid
+            asked = question.prompt.removeprefix("detect ")
+            right.setdefault("detect absent: nothing", [])
+            if asked not in scenes[index].counts:
+                right["detect absent: nothing"].append(not objects)
+            for found in objects:
+                x0, y0, x1, y1 = found.box
+                if found.label in ids:
+                    boxes.append(
+                        {
+                            "image_id": index,
+                            "category_id": ids[found.label],
+                            "bbox": [x0, y0, x1 - x0, y1 - y0],
+                            "score": found.score,
+                        }
+                    )
+    ap50, ap = average_precision(scenes, boxes, side)
+    share = {task: sum(marks) / len(marks) for task, marks in right.items()}
+    answers = [mark for t in ("count", "relation", "presence") for mark in right[t]]
+    return {
+        "scenes": len(scenes),
+        "caption: kinds F1": f1(named, present),
+        "caption: right to the letter": share["caption"],
+        "detect: AP50": ap50,
+        "detect: AP50:95": ap,
+        "detect absent: nothing": share["detect absent: nothing"],
+        "detect: invalid objects": invalid,
+        "answers: right": sum(answers) / len(answers),
+        "answers: count": share["count"],
+        "answers: relation": share["relation"],
+        "answers: presence": share["presence"],
+    }
+
+
+def table(numbers: dict[str, dict[str, float]]) -> str:
+    """The numbers as a Markdown table, one column a set of styles."""
+    columns = list(numbers)
+    lines = [f"| | {' | '.join(columns)} |", f"|---|{'---|' * len(columns)}"]
+    for name in numbers[columns[0]]:
+        values = (numbers[column][name] for column in columns)
+        cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in values)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def update_card(card: Path, text: str) -> None:
+    """Put `text` between the two markers of a model card."""
+    before, _, rest = card.read_text(encoding="utf-8").partition(START)
+    _, _, after = rest.partition(END)
+    card.write_text(f"{before}{START}\n{text}\n{END}{after}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model_path", help="default: the embedded checkpoint")
+    parser.add_argument("--write", action="store_true", help="keep the numbers there")
+    parser.add_argument("--scenes", type=int, default=len(HELD_OUT_SEEDS))
+    arguments = parser.parse_args()
+    model, tokenizer = load_hf_model(arguments.model_path)
+    seeds = HELD_OUT_SEEDS[: arguments.scenes]
+    numbers = {
+        "styles trained on": evaluate(model, tokenizer, seeds),
+        "a style never trained on": evaluate(model, tokenizer, seeds, [HELD_OUT_STYLE]),
+    }
+    print(table(numbers))
+    if arguments.write:
+        folder = find_checkpoint(arguments.model_path)
+        text = json.dumps(numbers, indent=2) + "\n"
+        (folder / "evaluation.json").write_text(text, encoding="utf-8")
+        update_card(folder / "README.md", table(numbers))
+
+
+if __name__ == "__main__":
+    main()
