@@ -1,0 +1,34 @@
+"""What every test shares: shapes checked at run time, seeds, tiny things to test on."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from jaxtyping import install_import_hook
+
+# Quiet before transformers is imported: a test that reaches the network is a bug.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+sys.path.insert(0, str(Path(__file__).parent))  # `from reference import …`
+
+# Every `Float[Tensor, "B T D"]` in a signature is now checked at each call. This must
+# happen before the first import of vlm, and only here: normal use pays nothing for it.
+install_import_hook("vlm", "typecheck.check")
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    """Every test draws the same random numbers, alone or among others."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A small tokenizer with PaliGemma's layout; shared, so leave it as it is."""
+    from reference import tiny_tokenizer
+
+    return tiny_tokenizer()

@@ -1,0 +1,252 @@
+"""The three dataclasses: the real file, what they refuse, to disk and back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import vlm
+from vlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+
+REAL = Path(vlm.__file__).parent / "assets" / "configs" / "paligemma-3b-pt-224.json"
+
+
+def real() -> dict:
+    return json.loads(REAL.read_text(encoding="utf-8"))
+
+
+def small(**changes) -> PaliGemmaConfig:
+    """A config whose every field differs from the default where it may."""
+    values = dict(
+        vision_config=dict(
+            hidden_size=24,
+            intermediate_size=40,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            num_channels=1,
+            image_size=56,
+            patch_size=8,
+            layer_norm_eps=1e-5,
+        ),
+        text_config=dict(
+            vocab_size=128,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            max_position_embeddings=64,
+            rms_norm_eps=1e-5,
+            rope_theta=500.0,
+            pad_token_id=3,
+        ),
+        projection_dim=32,
+        image_token_index=120,
+        pad_token_id=3,
+        bos_token_id=4,
+        eos_token_id=5,
+    )
+    return PaliGemmaConfig(**values | changes)
+
+
+def test_defaults_are_the_real_model():
+    assert PaliGemmaConfig.from_dict(real()) == PaliGemmaConfig()
+
+
+def test_real_model_has_its_published_size():
+    from vlm.paligemma import PaliGemmaForConditionalGeneration
+
+    with torch.device("meta"):
+        model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_dict(real()))
+    sizes = {
+        name: sum(p.numel() for p in part.parameters())
+        for name, part in model.named_children()
+    }
+    assert sizes == {
+        "vision_tower": 412_442_352,
+        "multi_modal_projector": 2_361_344,
+        "language_model": 2_508_662_784,
+    }
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "tokens"),
+    [(224, 14, 256), (448, 14, 1024), (896, 14, 4096), (224, 16, 196), (112, 14, 64)],
+)
+def test_image_tokens_are_derived(image_size, patch_size, tokens):
+    config = SiglipVisionConfig(image_size=image_size, patch_size=patch_size)
+    assert config.num_image_tokens == tokens
+
+
+def test_head_dim_of_each_part():
+    assert SiglipVisionConfig().head_dim == 72
+    # Gemma's stands alone: here it isn't hidden_size / num_attention_heads.
+    assert GemmaConfig(hidden_size=3072, num_attention_heads=16).head_dim == 256
+
+
+def test_parts_may_be_dicts_or_objects():
+    by_dicts = small()
+    by_objects = small(
+        vision_config=by_dicts.vision_config, text_config=by_dicts.text_config
+    )
+    assert by_dicts == by_objects
+    assert isinstance(by_dicts.vision_config, SiglipVisionConfig)
+    assert isinstance(by_dicts.text_config, GemmaConfig)
+
+
+def test_configs_do_not_share_their_parts():
+    first, second = PaliGemmaConfig(), PaliGemmaConfig()
+    first.text_config.hidden_size = 1
+    assert second.text_config.hidden_size == 2048
+
+
+@pytest.mark.parametrize("config", [PaliGemmaConfig(), small()], ids=["real", "small"])
+def test_saved_and_read_again_is_equal(config, tmp_path):
+    folder = tmp_path / "not" / "there" / "yet"
+    config.save_pretrained(folder)
+    assert PaliGemmaConfig.from_pretrained(folder) == config
+    assert PaliGemmaConfig.from_pretrained(str(folder)) == config
+
+
+def test_transformers_reads_what_we_write():
+    ours = small()
+    theirs = transformers.PaliGemmaConfig.from_dict(ours.to_dict())
+    for name in ("projection_dim", "image_token_index", "bos_token_id", "eos_token_id"):
+        assert getattr(theirs, name) == getattr(ours, name)
+    for part in ("vision_config", "text_config"):
+        mine, reference = getattr(ours, part), getattr(theirs, part)
+        for name in vars(mine):
+            if name == "rope_theta":
+                assert reference.rope_parameters["rope_theta"] == mine.rope_theta
+            elif name != "num_image_tokens":
+                assert getattr(reference, name) == getattr(mine, name), name
+    assert theirs.vision_config.vision_use_head is False
+
+
+def test_we_read_what_transformers_writes():
+    ours = small()
+    theirs = transformers.PaliGemmaConfig.from_dict(ours.to_dict())
+    assert PaliGemmaConfig.from_dict(theirs.to_dict()) == ours
+
+
+def test_newer_names_are_understood():
+    values = real()
+    values["image_token_id"] = values.pop("image_token_index") + 5
+    values["text_config"]["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 500.0,
+    }
+    values["text_config"]["hidden_act"] = "gelu"  # an old name of the tanh form
+    config = PaliGemmaConfig.from_dict(values)
+    assert config.image_token_index == 257157
+    assert config.text_config.rope_theta == 500.0
+
+
+def test_unknown_keys_are_ignored_and_null_means_default():
+    values = real() | {"temperature": 1.0, "bos_token_id": None}
+    values["text_config"]["use_cache"] = True
+    values["vision_config"]["image_size"] = None
+    assert PaliGemmaConfig.from_dict(values) == PaliGemmaConfig()
+
+
+def test_reading_changes_nothing_in_the_dict():
+    values = real()
+    PaliGemmaConfig.from_dict(values)
+    assert values == real()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: SiglipVisionConfig(image_size=225),
+            "image_size=225 must be a positive multiple of patch_size=14",
+        ),
+        (
+            lambda: SiglipVisionConfig(image_size=0),
+            "image_size=0 must be a positive multiple",
+        ),
+        (
+            lambda: SiglipVisionConfig(patch_size=0),
+            "must be a positive multiple of patch_size=0",
+        ),
+        (
+            lambda: SiglipVisionConfig.from_dict({"hidden_size": 100}),
+            "hidden_size=100 must be a positive multiple of num_attention_heads=16",
+        ),
+        (
+            lambda: SiglipVisionConfig(patch_size=16, num_image_tokens=256),
+            "num_image_tokens=256, but a picture of 224 px in patches of 16 px makes "
+            "196",
+        ),
+        (
+            lambda: SiglipVisionConfig.from_dict({"model_type": "clip_vision_model"}),
+            "vision model_type 'clip_vision_model' is not supported; expected "
+            "'siglip_vision_model'",
+        ),
+        (
+            lambda: SiglipVisionConfig.from_dict({"hidden_act": "quick_gelu"}),
+            "vision hidden_act 'quick_gelu' is not supported",
+        ),
+        (
+            lambda: GemmaConfig(num_attention_heads=8, num_key_value_heads=3),
+            "num_attention_heads=8 must be a positive multiple of "
+            "num_key_value_heads=3",
+        ),
+        (
+            lambda: GemmaConfig(head_dim=7),
+            "head_dim=7 must be positive and even",
+        ),
+        (
+            lambda: GemmaConfig(head_dim=0),
+            "head_dim=0 must be positive and even",
+        ),
+        (
+            lambda: GemmaConfig.from_dict({"model_type": "llama"}),
+            "text model_type 'llama' is not supported; expected 'gemma'",
+        ),
+        (
+            lambda: GemmaConfig.from_dict({"hidden_activation": "silu"}),
+            "text activation 'silu' is not supported; expected 'gelu_pytorch_tanh' or "
+            "'gelu'",
+        ),
+        (
+            lambda: GemmaConfig.from_dict({"rope_parameters": {"rope_type": "yarn"}}),
+            "rope_type 'yarn' is not supported; expected 'default'",
+        ),
+        (
+            lambda: PaliGemmaConfig(projection_dim=1024),
+            "projection_dim=1024 must equal the text model's hidden_size=2048",
+        ),
+        (
+            lambda: PaliGemmaConfig.from_dict({"model_type": "llava"}),
+            "model_type 'llava' is not supported; expected 'paligemma'",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(make, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        make()
+
+
+def test_folder_without_config(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no config.json in .*nowhere"):
+        PaliGemmaConfig.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "config.json is not JSON"),
+        ("[]", "says no model_type"),
+        ("{}", "says no model_type: expected 'paligemma'"),
+        ('{"model_type": "gemma"}', "model_type 'gemma' is not supported"),
+    ],
+)
+def test_file_that_is_no_config_of_ours(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        PaliGemmaConfig.from_pretrained(tmp_path)

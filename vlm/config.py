@@ -1,0 +1,223 @@
+"""Every size of PaliGemma in three small dataclasses, read from a real config.json.
+
+Built in notebooks/01_config.ipynb: edit it there, then run `make export`.
+"""
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+__all__ = ["SiglipVisionConfig", "GemmaConfig", "PaliGemmaConfig"]
+
+
+def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """The entries of `values` that `cls` has a field for; null means the default."""
+    names = {f.name for f in fields(cls)}
+    return {k: v for k, v in values.items() if k in names and v is not None}
+
+
+def _require_multiple(**sizes: int) -> None:
+    """Raise ValueError unless the first size is a positive multiple of the second."""
+    (name, size), (unit_name, unit) = sizes.items()
+    are_ints = isinstance(size, int) and isinstance(unit, int)
+    if not are_ints or size <= 0 or unit <= 0 or size % unit:
+        raise ValueError(
+            f"{name}={size} must be a positive multiple of {unit_name}={unit}"
+        )
+
+
+def _require_one_of(what: str, value: Any, expected: tuple[Any, ...]) -> None:
+    """Raise ValueError unless `value` is one of `expected`; None counts as absent."""
+    if value is not None and value not in expected:
+        names = " or ".join(repr(name) for name in expected)
+        raise ValueError(f"{what} {value!r} is not supported; expected {names}")
+
+
+@dataclass
+class SiglipVisionConfig:
+    """Sizes of the SigLIP image encoder; the defaults are So400m/14 at 224 px.
+
+    `num_image_tokens` is (image_size / patch_size)², derived when absent. Raises
+    ValueError where sizes contradict each other.
+    Source: Zhai et al. 2023 (SigLIP), Alabdulmohsin et al. 2023 (So400m).
+    """
+
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    num_channels: int = 3
+    image_size: int = 224
+    patch_size: int = 14
+    layer_norm_eps: float = 1e-6
+    num_image_tokens: int | None = None
+    model_type: str = "siglip_vision_model"
+
+    def __post_init__(self) -> None:
+        _require_multiple(image_size=self.image_size, patch_size=self.patch_size)
+        _require_multiple(
+            hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads
+        )
+        derived = (self.image_size // self.patch_size) ** 2
+        if self.num_image_tokens is None:
+            self.num_image_tokens = derived
+        elif self.num_image_tokens != derived:
+            raise ValueError(
+                f"num_image_tokens={self.num_image_tokens}, but a picture of "
+                f"{self.image_size} px in patches of {self.patch_size} px makes "
+                f"{derived}"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head: hidden_size / num_attention_heads."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SiglipVisionConfig":
+        """Build from a config.json's `vision_config`; unknown keys are ignored.
+
+        Raises ValueError for another kind of model or another activation.
+        """
+        _require_one_of(
+            "vision model_type", values.get("model_type"), ("siglip_vision_model",)
+        )
+        _require_one_of(
+            "vision hidden_act", values.get("hidden_act"), ("gelu_pytorch_tanh",)
+        )
+        return cls(**_known_fields(cls, values))
+
+
+@dataclass
+class GemmaConfig:
+    """Sizes of the Gemma decoder; the defaults are those of PaliGemma 3B's Gemma 2B.
+
+    `head_dim` stands on its own: it need not be hidden_size / num_attention_heads.
+    Raises ValueError where sizes contradict each other.
+    Source: Gemma Team 2024.
+    """
+
+    vocab_size: int = 257216
+    hidden_size: int = 2048
+    intermediate_size: int = 16384
+    num_hidden_layers: int = 18
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 1
+    head_dim: int = 256
+    max_position_embeddings: int = 8192
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    pad_token_id: int = 0
+    model_type: str = "gemma"
+
+    def __post_init__(self) -> None:
+        _require_multiple(
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+        )
+        if self.head_dim <= 0 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be positive and even: "
+                "RoPE rotates pairs of dimensions"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "GemmaConfig":
+        """Build from a config.json's `text_config`; unknown keys are ignored.
+
+        Raises ValueError for another kind of model, activation or RoPE.
+        """
+        _require_one_of("text model_type", values.get("model_type"), ("gemma",))
+        # Older files say "gelu" and mean the tanh approximation: Gemma has no other.
+        _require_one_of(
+            "text activation",
+            values.get("hidden_activation") or values.get("hidden_act"),
+            ("gelu_pytorch_tanh", "gelu"),
+        )
+        # transformers 5 keeps the base of RoPE one level down.
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        _require_one_of("rope_type", rope.get("rope_type"), ("default",))
+        return cls(**_known_fields(cls, rope | values))
+
+
+@dataclass
+class PaliGemmaConfig:
+    """The whole model: image encoder, decoder, the width they meet at, special ids.
+
+    `vision_config` and `text_config` may be dicts, as in a config.json, or config
+    objects. Every default is the real 3B model's at 224 px. `image_token_index` may lie
+    outside the embedding's rows: that id is replaced before the lookup.
+    Raises ValueError where the parts don't fit together.
+    Source: Beyer et al. 2024 (PaliGemma).
+    """
+
+    vision_config: SiglipVisionConfig | dict[str, Any] = field(
+        default_factory=SiglipVisionConfig
+    )
+    text_config: GemmaConfig | dict[str, Any] = field(default_factory=GemmaConfig)
+    projection_dim: int = 2048
+    image_token_index: int = 257152
+    pad_token_id: int = 0
+    bos_token_id: int = 2
+    eos_token_id: int = 1
+    model_type: str = "paligemma"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.vision_config, dict):
+            self.vision_config = SiglipVisionConfig.from_dict(self.vision_config)
+        if isinstance(self.text_config, dict):
+            self.text_config = GemmaConfig.from_dict(self.text_config)
+        if self.projection_dim != self.text_config.hidden_size:
+            raise ValueError(
+                f"projection_dim={self.projection_dim} must equal the text model's "
+                f"hidden_size={self.text_config.hidden_size}: image features join its "
+                "stream"
+            )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PaliGemmaConfig":
+        """Build from the contents of a config.json; unknown keys are ignored.
+
+        Raises ValueError for another kind of model.
+        """
+        _require_one_of("model_type", values.get("model_type"), ("paligemma",))
+        # transformers 5 calls the same number image_token_id.
+        renamed = {"image_token_index": values.get("image_token_id")}
+        return cls(**_known_fields(cls, renamed | values))
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "PaliGemmaConfig":
+        """Read `folder/config.json`.
+
+        Raises FileNotFoundError where there is none, ValueError where it is not a
+        PaliGemma's.
+        """
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise FileNotFoundError(f"no config.json in {Path(folder)}")
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        if not isinstance(values, dict) or "model_type" not in values:
+            raise ValueError(f"{path} says no model_type: expected 'paligemma'")
+        return cls.from_dict(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of a config.json, which transformers reads too."""
+        values = asdict(self)
+        values["architectures"] = ["PaliGemmaForConditionalGeneration"]
+        values["hidden_size"] = self.text_config.hidden_size
+        values["vision_config"]["projection_dim"] = self.projection_dim
+        values["vision_config"]["vision_use_head"] = False
+        values["text_config"]["hidden_activation"] = "gelu_pytorch_tanh"
+        values["text_config"]["num_image_tokens"] = self.vision_config.num_image_tokens
+        return values
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `folder/config.json`; makes the folder where there is none."""
+        path = Path(folder) / "config.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True)
+        path.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,56 @@
+"""A picture becomes a row of vectors, one for each square patch.
+
+Built in notebooks/02_patch_embeddings.ipynb: edit it there, then run `make export`.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from .config import SiglipVisionConfig
+
+__all__ = ["SiglipVisionEmbeddings"]
+
+
+class SiglipVisionEmbeddings(nn.Module):
+    """Cut pictures into patches, project each, add a learned position.
+
+    The convolution's stride is its kernel size, so that it sees each patch once: it is
+    one linear map of every patch. Follows ViT (Dosovitskiy et al. 2021), without a
+    class token, as SigLIP does.
+    """
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv2d(
+            in_channels=config.num_channels,
+            out_channels=config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+        )
+        self.position_embedding = nn.Embedding(
+            config.num_image_tokens, config.hidden_size
+        )
+        # Not a weight, but it must move to the GPU with the weights.
+        self.register_buffer(
+            "position_ids", torch.arange(config.num_image_tokens), persistent=False
+        )
+
+    def forward(self, pixel_values: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
+        """Pixels in [-1, 1] → one vector a patch, row by row from the top left.
+
+        Raises ValueError where the pictures' size is not the config's.
+        """
+        side = self.config.image_size
+        expected = (self.config.num_channels, side, side)
+        if tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values have shape {list(pixel_values.shape)}, but this model "
+                f"takes [batch, {', '.join(map(str, expected))}]: "
+                f"use a processor with image_size={side}"
+            )
+        pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
+        patches = self.patch_embedding(pixel_values)  # [B, D, S/P, S/P]
+        patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
+        return patches + self.position_embedding(self.position_ids)

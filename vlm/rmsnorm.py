@@ -1,0 +1,33 @@
+"""Bring every token's vector to the same size, so that no layer has to guess how loud
+its input is.
+
+Built in notebooks/04_rmsnorm.ipynb: edit it there, then run `make export`.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["GemmaRMSNorm"]
+
+
+class GemmaRMSNorm(nn.Module):
+    """Divide each vector by its root mean square, then multiply by (1 + weight).
+
+    The weight starts at 0, so a new norm only rescales. Everything, the product with
+    (1 + weight) included, happens in float32 and is rounded to the input's dtype once.
+    Source: Zhang and Sennrich 2019; the (1 + weight) is Gemma's own.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, hidden_states: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        """Normalize over the last axis; shape and dtype stay."""
+        states = hidden_states.float()
+        mean_square = states.square().mean(dim=-1, keepdim=True)  # [..., 1]
+        states = states * torch.rsqrt(mean_square + self.eps)  # [..., D]
+        states = states * (1.0 + self.weight.float())
+        return states.to(hidden_states.dtype)

@@ -1,0 +1,167 @@
+"""A stack of transformer layers in which every patch looks at every other.
+
+Built in notebooks/03_siglip.ipynb: edit it there, then run `make export`.
+"""
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import SiglipVisionConfig
+from .patch_embeddings import SiglipVisionEmbeddings
+
+__all__ = [
+    "SiglipAttention",
+    "SiglipMLP",
+    "SiglipEncoderLayer",
+    "SiglipEncoder",
+    "SiglipVisionTransformer",
+    "SiglipVisionModel",
+]
+
+
+class SiglipAttention(nn.Module):
+    """Multi-head self-attention without a mask: every patch sees every patch.
+
+    Follows Vaswani et al. 2017; every projection has a bias.
+    """
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.head_dim
+        width = config.hidden_size
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def _split_heads(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B H N Dh"]:
+        states = states.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, Dh]
+        return states.transpose(1, 2)  # [B, H, N, Dh]
+
+    def forward(
+        self, hidden_states: Float[Tensor, "B N D"], output_attentions: bool = False
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B H N N"] | None]:
+        """Mix the patches; with `output_attentions` also the weights, else None.
+
+        Weights exist on the explicit path alone: the fused kernel never stores them.
+        """
+        query_states = self._split_heads(self.q_proj(hidden_states))  # [B, H, N, Dh]
+        key_states = self._split_heads(self.k_proj(hidden_states))  # [B, H, N, Dh]
+        value_states = self._split_heads(self.v_proj(hidden_states))  # [B, H, N, Dh]
+        weights = None
+        if output_attentions:
+            scores = query_states @ key_states.transpose(2, 3)  # [B, H, N, N]
+            scores = scores * self.head_dim**-0.5
+            weights = scores.float().softmax(dim=-1).to(scores.dtype)
+            mixed = weights @ value_states  # [B, H, N, Dh]
+        else:
+            mixed = F.scaled_dot_product_attention(
+                query_states, key_states, value_states
+            )  # [B, H, N, Dh]
+        mixed = mixed.transpose(1, 2).flatten(2)  # [B, N, D]
+        return self.out_proj(mixed), weights
+
+
+class SiglipMLP(nn.Module):
+    """Two linear layers with a tanh-approximated GELU between, for each patch alone."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Widen, bend, narrow; no patch sees another."""
+        hidden_states = self.fc1(hidden_states)  # [B, N, intermediate]
+        hidden_states = F.gelu(hidden_states, approximate="tanh")
+        return self.fc2(hidden_states)  # [B, N, D]
+
+
+class SiglipEncoderLayer(nn.Module):
+    """Norm, attention, add; norm, MLP, add: a pre-norm transformer block."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = SiglipAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SiglipMLP(config)
+
+    def forward(
+        self, hidden_states: Float[Tensor, "B N D"], output_attentions: bool = False
+    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B H N N"] | None]:
+        """The stream after this layer, and the attention weights when asked."""
+        mixed, weights = self.self_attn(
+            self.layer_norm1(hidden_states), output_attentions
+        )
+        hidden_states = hidden_states + mixed
+        hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
+        return hidden_states, weights
+
+
+class SiglipEncoder(nn.Module):
+    """The layers, one after another."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)
+        )
+
+    def forward(
+        self, hidden_states: Float[Tensor, "B N D"], output_attentions: bool = False
+    ) -> tuple[Float[Tensor, "B N D"], list[Float[Tensor, "B H N N"]]]:
+        """The stream after the last layer; each layer's weights when asked, else []."""
+        attentions = []
+        for layer in self.layers:
+            hidden_states, weights = layer(hidden_states, output_attentions)
+            if output_attentions:
+                attentions.append(weights)
+        return hidden_states, attentions
+
+
+class SiglipVisionTransformer(nn.Module):
+    """Patch embeddings, encoder, final norm; no class token and no pooling head."""
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.embeddings = SiglipVisionEmbeddings(config)
+        self.encoder = SiglipEncoder(config)
+        self.post_layernorm = nn.LayerNorm(
+            config.hidden_size, eps=config.layer_norm_eps
+        )
+
+    def forward(
+        self, pixel_values: Float[Tensor, "B C S S"], output_attentions: bool = False
+    ) -> tuple[Float[Tensor, "B N D"], list[Float[Tensor, "B H N N"]]]:
+        """One feature vector a patch; each layer's weights when asked, else []."""
+        hidden_states = self.embeddings(pixel_values)  # [B, N, D]
+        hidden_states, attentions = self.encoder(hidden_states, output_attentions)
+        return self.post_layernorm(hidden_states), attentions
+
+
+class SiglipVisionModel(nn.Module):
+    """SigLIP's image encoder under the name that the hub's files give it.
+
+    Source: Zhai et al. 2023; the shapes of So400m are Alabdulmohsin et al. 2023's.
+    """
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__()
+        self.config = config
+        self.vision_model = SiglipVisionTransformer(config)
+
+    def forward(self, pixel_values: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
+        """Pixels in [-1, 1] → one feature vector a patch.
+
+        Raises ValueError where the pictures' size is not the config's.
+        """
+        return self.vision_model(pixel_values)[0]
+
+    def attentions(
+        self, pixel_values: Float[Tensor, "B C S S"]
+    ) -> list[Float[Tensor, "B H N N"]]:
+        """Each layer's attention weights, computed the explicit way, for figures."""
+        return self.vision_model(pixel_values, output_attentions=True)[1]
