@@ -1,0 +1,364 @@
+"""Training: masks, packing, targets, schedule, resume, several processes, bad input."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from vlm.paligemma import PaliGemmaForConditionalGeneration
+from vlm.processing import PaliGemmaProcessor
+from vlm.scenes import all_kinds, make_scene
+from vlm.training import (
+    Lesson,
+    PatchTeacher,
+    SceneDataset,
+    TrainingConfig,
+    TrainingLog,
+    collate,
+    embedded_config,
+    fourier_locs,
+    initialize,
+    learning_rate_at,
+    main,
+    make_tokenizer,
+    pack_questions,
+    packed_mask,
+    patch_targets,
+    sincos_positions,
+    train,
+)
+
+CONFIG = TrainingConfig(
+    steps=4,
+    patch_steps=2,
+    batch_size=2,
+    questions_per_picture=3,
+    warmup_steps=1,
+    log_every=1,
+    save_every=3,
+)
+
+
+@pytest.fixture(scope="module")
+def world_tokenizer():
+    return make_tokenizer(num_scenes=50)
+
+
+@pytest.fixture(scope="module")
+def processor(world_tokenizer):
+    return PaliGemmaProcessor(world_tokenizer, num_image_tokens=16, image_size=64)
+
+
+def small_model(tokenizer, seed=0):
+    """The embedded model's shape, thinner, for pictures of 64 px."""
+    torch.manual_seed(seed)
+    config = embedded_config(tokenizer).to_dict()
+    config["vision_config"] |= {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "num_image_tokens": 16,
+    }
+    config["text_config"] |= {"num_hidden_layers": 1, "intermediate_size": 64}
+    from vlm.config import PaliGemmaConfig
+
+    model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_dict(config))
+    initialize(model, tokenizer)
+    return model
+
+
+def test_patch_targets_against_counting_pixels():
+    scene = make_scene(5, image_size=64)
+    kinds, boxes = patch_targets(scene, patch_size=16)
+    names = list(all_kinds())
+    for place in range(16):
+        row, column = divmod(place, 4)
+        patch = scene.owner[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
+        counts = [(patch == i).sum() for i in range(len(scene.objects))]
+        best = int(np.argmax(counts))
+        if counts[best] < 0.2 * 256:
+            assert kinds[place] == 0 and not boxes[place].any()
+        else:
+            thing = scene.objects[best]
+            center = np.array([column + 0.5, row + 0.5] * 2) / 4
+            assert names[kinds[place] - 1] == thing.kind
+            np.testing.assert_allclose(
+                boxes[place] + center, np.array(thing.box) / 64, atol=1e-6
+            )
+
+
+def test_teacher_loss_is_pytorchs_weighted_mean(world_tokenizer):
+    config = small_model(world_tokenizer).config
+    teacher = PatchTeacher(config)
+    features = torch.randn(2, 16, 32)
+    kinds = torch.randint(0, 3, (2, 16))
+    boxes = torch.randn(2, 16, 4)
+    totals, counts = teacher(features, kinds, boxes)
+    logits = teacher.kind_head(features).flatten(0, 1)
+    wanted = torch.nn.functional.cross_entropy(
+        logits, kinds.flatten(), teacher.kind_weight
+    )
+    torch.testing.assert_close(totals[0] / counts[0], wanted)
+    shown = kinds > 0
+    distance = (teacher.box_head(features) - boxes).abs().mean(-1)[shown].mean()
+    torch.testing.assert_close(totals[1] / counts[1], 5 * distance)
+
+
+def test_neighboring_locs_are_alike_and_far_ones_are_not():
+    locs = fourier_locs(128)
+    torch.testing.assert_close(locs.norm(dim=1), torch.ones(1024))
+    alike = locs @ locs.T
+    assert alike.diagonal(1).min() > 0.95
+    assert alike[0, 512] < 0.6
+    assert torch.unique(locs, dim=0).shape[0] == 1024
+
+
+def test_sincos_positions_are_all_different():
+    table = sincos_positions(8, 160)
+    assert table.shape == (64, 160)
+    apart = torch.cdist(table, table) + 9 * torch.eye(64)
+    assert apart.min() > 0.1
+
+
+def test_packed_rows_put_every_question_right_behind_the_image():
+    row = pack_questions([([7, 7, 2, 5], [6, 1]), ([7, 7, 2, 8], [1])], 2)
+    assert row["input_ids"].tolist() == [7, 7, 2, 5, 6, 1, 2, 8, 1]
+    assert row["position_ids"].tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 4]
+    assert row["token_type_ids"].tolist() == [0, 0, 0, 0, 1, 1, 0, 0, 1]
+    assert row["question_ids"].tolist() == [0, 0, 1, 1, 1, 1, 2, 2, 2]
+
+
+def test_packed_mask_rules():
+    questions = torch.tensor([[0, 0, 1, 1, 1, 2, 2, 2, -1]])
+    types = torch.tensor([[0, 0, 0, 1, 1, 0, 1, 1, 0]])
+    mask = packed_mask(questions, types)[0, 0]
+    for q in range(9):
+        for k in range(9):
+            who, whom = questions[0, q].item(), questions[0, k].item()
+            if who == whom == 0 or (whom == 0 and who > 0):
+                wanted = True  # everyone sees the image
+            elif who == 0:
+                wanted = whom == 1 and types[0, k] == 0  # it sees the first prompt
+            elif who == whom:
+                wanted = k <= q or types[0, k] == 0 or who == -1
+            else:
+                wanted = False
+            assert mask[q, k].item() == bool(wanted), (q, k)
+
+
+def test_questions_dont_touch_each_other(world_tokenizer, processor):
+    """The second question's logits stay when the third changes, and the reverse."""
+    model = small_model(world_tokenizer).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+
+    def logits(third):
+        prompts = ("caption en", "detect owl", third)
+        packed = collate(
+            [
+                pack_questions(
+                    [
+                        (processor.encode_prefix(p), processor.encode_suffix("yes"))
+                        for p in prompts
+                    ],
+                    16,
+                )
+                | {
+                    "pixel_values": pixels[0],
+                    "patch_kinds": torch.zeros(16, dtype=torch.long),
+                    "patch_boxes": torch.zeros(16, 4),
+                }
+            ]
+        )
+        with torch.no_grad():
+            out = model(
+                packed["input_ids"],
+                pixels,
+                packed_mask(packed["question_ids"], packed["token_type_ids"]),
+                position_ids=packed["position_ids"],
+            )["logits"]
+        return out[packed["question_ids"] == 2]
+
+    first = logits("answer en is there an owl?")
+    torch.testing.assert_close(first, logits("detect pizza"), atol=1e-5, rtol=0)
+
+
+def test_first_question_is_what_it_is_alone(world_tokenizer, processor):
+    model = small_model(world_tokenizer).eval()
+    dataset = SceneDataset(processor, 16, replace(CONFIG, patch_steps=0))
+    for item in (dataset[0], dataset[1]):
+        batch = collate([item])
+        first = batch["question_ids"] == 1
+        with torch.no_grad():
+            packed = model(
+                batch["input_ids"],
+                batch["pixel_values"],
+                packed_mask(batch["question_ids"], batch["token_type_ids"]),
+                position_ids=batch["position_ids"],
+                token_type_ids=batch["token_type_ids"],
+                labels=batch["labels"].masked_fill(~first, -100),
+            )["loss"]
+            keep = item["question_ids"] <= 1
+            ids, types = item["input_ids"][keep][None], item["token_type_ids"][keep]
+            alone = model(
+                ids,
+                batch["pixel_values"],
+                token_type_ids=types[None],
+                labels=ids.masked_fill(types[None] == 0, -100),
+            )["loss"]
+        torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+
+
+def test_items_depend_on_seed_and_index_alone(processor):
+    one, two = (SceneDataset(processor, 16, CONFIG) for _ in range(2))
+    other = SceneDataset(processor, 16, replace(CONFIG, seed=1))
+    assert "input_ids" not in one[0] and "input_ids" in one[4]
+    for name, tensor in one[5].items():
+        assert torch.equal(tensor, two[5][name])
+    assert not torch.equal(one[5]["pixel_values"], other[5]["pixel_values"])
+
+
+def test_training_never_draws_a_held_out_seed(processor, monkeypatch):
+    seen = []
+    real = make_scene
+    monkeypatch.setattr(
+        "vlm.training.make_scene",
+        lambda seed, *args, **kw: seen.append(seed) or real(seed, *args, **kw),
+    )
+    dataset = SceneDataset(processor, 16, CONFIG)
+    for i in range(8):
+        dataset[i]
+    assert len(seen) == 8 and all(0 <= seed < 10**9 for seed in seen)
+
+
+def test_learning_rate_rises_then_falls_twice():
+    config = TrainingConfig(steps=100, patch_steps=50, warmup_steps=10)
+    rates = [learning_rate_at(step, config) for step in range(150)]
+    for start, end, peak in ((0, 50, 1.5e-3), (50, 150, 1e-3)):
+        part = rates[start:end]
+        assert part[9] == pytest.approx(peak)
+        assert part[:10] == sorted(part[:10])
+        assert part[10:] == sorted(part[10:], reverse=True)
+        assert part[-1] == pytest.approx(config.final_share * peak, rel=0.15)
+
+
+def test_lesson_returns_the_models_own_loss(world_tokenizer, processor):
+    model = small_model(world_tokenizer)
+    lesson = Lesson(model, PatchTeacher(model.config))
+    dataset = SceneDataset(processor, 16, replace(CONFIG, patch_steps=0))
+    batch = collate([dataset[0], dataset[1]])
+    totals, counts = lesson(batch)
+    loss = model(
+        batch["input_ids"],
+        batch["pixel_values"],
+        packed_mask(batch["question_ids"], batch["token_type_ids"]),
+        position_ids=batch["position_ids"],
+        token_type_ids=batch["token_type_ids"],
+        labels=batch["labels"],
+    )["loss"]
+    torch.testing.assert_close(totals[0] / counts[0], loss, atol=1e-5, rtol=0)
+    patches = {n: t for n, t in batch.items() if n[:5] in ("pixel", "patch")}
+    totals, counts = lesson(patches)
+    assert totals[0] == counts[0] == 0 and (counts[1:] > 0).all()
+
+
+def test_resumed_run_equals_one_in_one_go(world_tokenizer, processor, tmp_path):
+    whole, parts = small_model(world_tokenizer), small_model(world_tokenizer)
+    straight = train(whole, processor, CONFIG, tmp_path / "whole")
+    train(parts, processor, CONFIG, tmp_path / "parts", stop_after=3)
+    again = small_model(world_tokenizer, seed=9)
+    resumed = train(again, processor, CONFIG, tmp_path / "parts", resume=True)
+    assert straight == resumed and len(straight) == 6
+    assert straight[0]["text"] == 0 and straight[-1]["text"] > 0
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    lines = (tmp_path / "parts" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == straight
+
+
+def test_run_is_never_overwritten(world_tokenizer, processor, tmp_path):
+    (tmp_path / "last").mkdir()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(small_model(world_tokenizer), processor, CONFIG, tmp_path)
+
+
+def test_evaluation_goes_into_the_log(world_tokenizer, processor):
+    config = replace(CONFIG, patch_steps=0, steps=2, eval_every=1)
+    model = small_model(world_tokenizer)
+    modes = []
+
+    def evaluate(model, step):
+        modes.append(model.training)
+        return {"score": step / 10}
+
+    log = train(model, processor, config, evaluate=evaluate)
+    assert [e["score"] for e in log if "score" in e] == [0.1, 0.2]
+    assert modes == [False, False] and not model.training
+
+
+def test_log_refuses_what_is_no_number(tmp_path):
+    log = TrainingLog(tmp_path)
+    log.add(torch.tensor([math.nan, 0.0, 0.0]))
+    with pytest.raises(FloatingPointError, match="no longer a number at step 7"):
+        log.write(7)
+
+
+SCRIPT = """
+import json, sys
+import torch
+sys.path[:0] = [{tests!r}]
+from test_training import CONFIG, small_model
+from vlm.processing import PaliGemmaProcessor
+from vlm.training import make_tokenizer, train
+from dataclasses import replace
+torch.set_num_threads(1)
+tokenizer = make_tokenizer(num_scenes=50)
+processor = PaliGemmaProcessor(tokenizer, num_image_tokens=16, image_size=64)
+config = replace(CONFIG, batch_size=4)
+log = train(small_model(tokenizer), processor, config, {folder!r})
+"""
+
+
+def test_two_processes_have_the_loss_of_one(world_tokenizer, processor, tmp_path):
+    config = replace(CONFIG, batch_size=4)
+    one = train(small_model(world_tokenizer), processor, config)
+    script = tmp_path / "run.py"
+    tests = str(Path(__file__).parent)
+    script.write_text(SCRIPT.format(tests=tests, folder=str(tmp_path / "two")))
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    command += ["--num_processes", "2", "--num_machines", "1", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
+    two = [json.loads(line) for line in lines]
+    assert [e["step"] for e in two] == [e["step"] for e in one]
+    for a, b in zip(one, two, strict=True):
+        for name in ("text", "kinds", "boxes"):
+            assert a[name] == pytest.approx(b[name], rel=2e-3), (a, b)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--resume"], "no saved run"),
+        (["--init", "nowhere"], "no folder nowhere"),
+    ],
+)
+def test_command_line_errors_are_one_line(arguments, message, tmp_path, capsys):
+    assert main(["--output", str(tmp_path / "run"), *arguments]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error and "\n" not in error
+
+
+def test_unknown_flag_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--output", "x", "--lerning_rate", "1"])
+    assert stop.value.code == 2
+    assert "--lerning_rate" in capsys.readouterr().err

@@ -1,0 +1,817 @@
+"""Teach the model: prefix-LM loss, dense labels for the eyes, AdamW, a long cosine.
+
+Built in notebooks/17_training.ipynb: edit it there, then run `make export`.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import (
+    Accelerator,
+    DataLoaderConfiguration,
+    DistributedDataParallelKwargs,
+)
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import DataLoader, Dataset, Subset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+
+from .config import PaliGemmaConfig
+from .paligemma import PaliGemmaForConditionalGeneration
+from .processing import NUM_LOCS, PaliGemmaProcessor, image_to_pixels, loc_token
+from .sampling import generate
+from .scenes import (
+    Scene,
+    all_kinds,
+    make_scene,
+    sample_question,
+    train_tokenizer,
+    world_sentences,
+)
+from .weights import load_hf_model, save_hf_model
+
+__all__ = [
+    "LOSSES",
+    "VALIDATION_SEEDS",
+    "Evaluate",
+    "TrainingConfig",
+    "sincos_positions",
+    "fourier_locs",
+    "initialize",
+    "embedded_config",
+    "make_tokenizer",
+    "new_model",
+    "make_processor",
+    "patch_targets",
+    "PatchTeacher",
+    "pack_questions",
+    "packed_mask",
+    "SceneDataset",
+    "collate",
+    "Lesson",
+    "learning_rate_at",
+    "loss_weights",
+    "make_optimizer",
+    "save_training_state",
+    "saved_run",
+    "load_teacher",
+    "load_training_state",
+    "TrainingLog",
+    "validate",
+    "training_step",
+    "train",
+    "build_parser",
+    "main",
+]
+
+LOSSES = ("text", "kinds", "boxes")
+
+
+VALIDATION_SEEDS = range(2 * 10**9, 2 * 10**9 + 500)  # neither trained on nor reported
+
+
+def _setting(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingConfig:
+    """One run's settings; the command line has a flag for each.
+
+    First `patch_steps` of the eyes alone on patch labels, then `steps` of everything,
+    each with its own warm-up and cosine. A batch is `batch_size` pictures, over all
+    processes together; each brings `questions_per_picture` questions in one row.
+    """
+
+    steps: int = _setting(1000, "steps with questions")
+    patch_steps: int = _setting(0, "steps before them in which only the eyes learn")
+    batch_size: int = _setting(64, "pictures in a batch, all processes together")
+    questions_per_picture: int = _setting(6, "questions packed behind a picture")
+    learning_rate: float = _setting(1e-3, "peak of the cosine")
+    patch_learning_rate: float = _setting(1.5e-3, "peak while only the eyes learn")
+    warmup_steps: int = _setting(200, "steps from zero to the peak")
+    final_share: float = _setting(0.02, "share of the peak at which the cosine ends")
+    weight_decay: float = _setting(0.05, "on matrices; vectors and norms have none")
+    max_grad_norm: float = _setting(1.0, "gradients longer than this are shortened")
+    patch_loss_weight: float = _setting(0.3, "of the patch losses beside the text's")
+    max_objects: int = _setting(6, "stickers in a picture, at most")
+    patch_max_objects: int = _setting(10, "the same while only the eyes learn")
+    seed: int = _setting(0, "of scenes, questions and starting values")
+    num_workers: int = _setting(0, "processes that draw scenes")
+    mixed_precision: str = _setting("no", "no, bf16 or fp16")
+    log_every: int = _setting(20, "steps between lines of the log")
+    eval_every: int = _setting(500, "steps between evaluations")
+    save_every: int = _setting(500, "steps between saves")
+
+    @property
+    def all_steps(self) -> int:
+        return self.patch_steps + self.steps
+
+
+def sincos_positions(side: int, width: int) -> Float[Tensor, "N D"]:
+    """2-D sine–cosine vectors of a side × side grid, row by row; half x, half y."""
+    quarter = width // 4
+    frequencies = 100.0 ** (-torch.arange(quarter) / quarter)  # [D/4]
+    angles = torch.arange(side)[:, None] * frequencies  # [side, D/4]
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D/2]
+    rows = waves[:, None].expand(side, side, -1)  # y
+    columns = waves[None].expand(side, side, -1)  # x
+    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [N, ≤ D]
+    return F.pad(grid, (0, width - grid.shape[1]))
+
+
+def fourier_locs(width: int) -> Float[Tensor, "1024 D"]:
+    """Vectors of length 1 for the loc tokens in which neighbours are alike.
+
+    Waves of their coordinate, from half a period over the picture to 64 periods, and a
+    part common to all of them that says "I am a coordinate".
+    """
+    coordinate = torch.linspace(0, 1, NUM_LOCS)[:, None]  # [1024, 1]
+    half = width // 2
+    periods = 0.5 * 128 ** (torch.arange(half) / half)  # [D/2]
+    angles = 2 * math.pi * coordinate * periods  # [1024, D/2]
+    fade = periods**-0.5  # coarse waves weigh most: far apart must look far apart
+    waves = torch.cat([angles.sin() * fade, angles.cos() * fade], dim=1)  # [1024, D]
+    waves = F.normalize(F.pad(waves, (0, width - waves.shape[1])), dim=1)
+    return F.normalize(waves + 0.5 * F.normalize(torch.randn(width), dim=0), dim=1)
+
+
+@torch.no_grad()
+def initialize(model: PaliGemmaForConditionalGeneration, tokenizer: Any) -> None:
+    """Starting values that give learning a head start.
+
+    Embedding vectors have length 1: scaled by √D they enter the stream with unit
+    variance. Loc embeddings are Fourier features of their coordinate; positions of
+    patches are sine–cosine vectors. Everything else keeps PyTorch's own start.
+    """
+    embedding = model.language_model.model.embed_tokens.weight  # [V, D]
+    width = embedding.shape[1]
+    embedding.normal_(std=width**-0.5)
+    first = tokenizer.convert_tokens_to_ids(loc_token(0))
+    embedding[first : first + NUM_LOCS] = fourier_locs(width)
+    vision = model.vision_tower.vision_model.embeddings
+    side = (
+        model.config.vision_config.image_size // model.config.vision_config.patch_size
+    )
+    vision.position_embedding.weight.copy_(
+        0.5 * sincos_positions(side, model.config.vision_config.hidden_size)
+    )
+
+
+def embedded_config(tokenizer: Any) -> PaliGemmaConfig:
+    """The shape of the model that ships with the book: small enough for a laptop."""
+    vocabulary = -(-len(tokenizer) // 64) * 64
+    return PaliGemmaConfig(
+        vision_config={
+            "hidden_size": 160,
+            "intermediate_size": 640,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 5,
+            "image_size": 128,
+            "patch_size": 16,
+        },
+        text_config={
+            "vocab_size": vocabulary,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+            "max_position_embeddings": 512,
+        },
+        projection_dim=128,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+
+
+def make_tokenizer(num_scenes: int = 3000) -> PreTrainedTokenizerFast:
+    """The world's tokenizer in transformers' clothes."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(world_sentences(num_scenes)),
+        pad_token="<pad>",
+        eos_token="<eos>",
+        bos_token="<bos>",
+        unk_token="<unk>",
+    )
+
+
+def new_model(
+    seed: int = 0,
+) -> tuple[PaliGemmaForConditionalGeneration, PreTrainedTokenizerFast]:
+    """An untrained embedded model and its tokenizer."""
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer()
+    model = PaliGemmaForConditionalGeneration(embedded_config(tokenizer))
+    initialize(model, tokenizer)
+    return model, tokenizer
+
+
+def make_processor(
+    model: PaliGemmaForConditionalGeneration, tokenizer: Any
+) -> PaliGemmaProcessor:
+    """The processor that fits a model."""
+    vision = model.config.vision_config
+    return PaliGemmaProcessor(tokenizer, vision.num_image_tokens, vision.image_size)
+
+
+def patch_targets(
+    scene: Scene, patch_size: int, share: float = 0.2
+) -> tuple[Int[np.ndarray, "N"], Float[np.ndarray, "N 4"]]:
+    """What each patch shows: a kind's index (0 background) and its thing's box.
+
+    A patch shows the thing that most of its pixels belong to, if that is at least
+    `share` of them. Boxes are (x0, y0, x1, y1) as offsets from the patch's centre, in
+    shares of the side; zeros for background.
+    """
+    size = scene.image.width
+    side = size // patch_size
+    kinds = np.zeros(side * side, dtype=np.int64)
+    boxes = np.zeros((side * side, 4), dtype=np.float32)
+    index = np.arange(len(scene.objects))
+    shown = scene.owner[..., None] == index  # [S, S, objects]
+    shown = shown.reshape(side, patch_size, side, patch_size, -1).mean(axis=(1, 3))
+    shown = shown.reshape(side * side, -1)  # [N, objects]
+    best = shown.argmax(axis=1)
+    visible = shown.max(axis=1) >= share
+    names = {name: i + 1 for i, name in enumerate(all_kinds())}
+    thing_kinds = np.array([names[thing.kind] for thing in scene.objects])
+    thing_boxes = np.array([thing.box for thing in scene.objects], np.float32) / size
+    middle = (np.arange(side, dtype=np.float32) + 0.5) / side
+    x, y = np.meshgrid(middle, middle)
+    centers = np.stack([x, y, x, y], axis=-1).reshape(side * side, 4)
+    kinds[visible] = thing_kinds[best[visible]]
+    boxes[visible] = thing_boxes[best[visible]] - centers[visible]
+    return kinds, boxes
+
+
+class PatchTeacher(nn.Module):
+    """Two linear heads on the eyes that name and outline the thing under each patch.
+
+    Only a teacher: it is thrown away after training.
+    """
+
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        self.kind_head = nn.Linear(width, len(all_kinds()) + 1)
+        self.box_head = nn.Linear(width, 4)
+        weight = torch.ones(len(all_kinds()) + 1)
+        weight[0] = 0.2  # background is everywhere
+        self.register_buffer("kind_weight", weight)
+
+    def forward(
+        self,
+        features: Float[Tensor, "B N D"],
+        kinds: Int[Tensor, "B N"],
+        boxes: Float[Tensor, "B N 4"],
+    ) -> tuple[Float[Tensor, "2"], Float[Tensor, "2"]]:
+        """Totals and counts of two losses: kinds (cross-entropy), boxes (distance)."""
+        kinds = kinds.flatten()  # [B * N]
+        logits = self.kind_head(features).flatten(0, 1).float()  # [B * N, kinds + 1]
+        kind_total = F.cross_entropy(
+            logits, kinds, weight=self.kind_weight, reduction="sum"
+        )
+        shown = (kinds > 0).float()  # [B * N]
+        distance = (self.box_head(features).float() - boxes).abs().mean(dim=-1)
+        box_total = 5 * (distance.flatten() * shown).sum()
+        totals = torch.stack([kind_total, box_total])
+        return totals, torch.stack([self.kind_weight[kinds].sum(), shown.sum()])
+
+
+def pack_questions(
+    questions: list[tuple[list[int], list[int]]], num_image_tokens: int
+) -> dict[str, Int[Tensor, "T"]]:
+    """Several questions about one picture in one row: image, then all of them.
+
+    `questions`: (prefix ids, image tokens first; suffix ids) of each. Returns
+    `input_ids`, `position_ids`, `token_type_ids` and `question_ids` (0 image, 1, 2, …).
+    Each question counts its positions on from the image, as if it stood alone.
+    """
+    input_ids = questions[0][0][:num_image_tokens]
+    position_ids = list(range(num_image_tokens))
+    token_type_ids = [0] * num_image_tokens
+    question_ids = [0] * num_image_tokens
+    for number, (prefix, suffix) in enumerate(questions, start=1):
+        prefix = prefix[num_image_tokens:]
+        length = len(prefix) + len(suffix)
+        input_ids += prefix + suffix
+        position_ids += range(num_image_tokens, num_image_tokens + length)
+        token_type_ids += [0] * len(prefix) + [1] * len(suffix)
+        question_ids += [number] * length
+    return {
+        "input_ids": torch.tensor(input_ids),
+        "position_ids": torch.tensor(position_ids),
+        "token_type_ids": torch.tensor(token_type_ids),
+        "question_ids": torch.tensor(question_ids),
+    }
+
+
+def packed_mask(
+    question_ids: Int[Tensor, "B T"], token_type_ids: Int[Tensor, "B T"]
+) -> Bool[Tensor, "B 1 T T"]:
+    """Who sees whom in packed rows (padding has question -1).
+
+    Everyone sees the image. A question sees itself by the prefix-LM rule, and no other
+    question. The image and the first question's prompt see each other, as they will
+    when a question stands alone; if it saw the other prompts, they would meet in it.
+    """
+    block = token_type_ids.cumsum(dim=1)  # [B, T]
+    query, key = question_ids[:, :, None], question_ids[:, None, :]
+    earlier = block[:, None, :] <= block[:, :, None]  # [B, T, T]
+    mask = (query == key) & earlier
+    mask = mask | ((key == 0) & (query >= 0))
+    first_prompt = (key == 1) & (token_type_ids == 0)[:, None, :]
+    return (mask | ((query == 0) & first_prompt))[:, None]  # [B, 1, T, T]
+
+
+class SceneDataset(Dataset):
+    """Pictures with questions, made up as they are asked for; the index is the seed.
+
+    An item's scene and questions depend on `seed` and the index alone, so a run that
+    resumes at index i sees what it would have seen.
+    """
+
+    def __init__(
+        self, processor: PaliGemmaProcessor, patch_size: int, config: TrainingConfig
+    ):
+        self.processor = processor
+        self.patch_size = patch_size
+        self.config = config
+        self.patch_items = config.patch_steps * config.batch_size
+        self.length = self.patch_items + config.steps * config.batch_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = random.Random(f"{self.config.seed} {index}")
+        only_patches = index < self.patch_items
+        scene = make_scene(
+            rng.randrange(10**9),
+            self.processor.image_size,
+            max_objects=(
+                self.config.patch_max_objects
+                if only_patches
+                else self.config.max_objects
+            ),
+        )
+        kinds, boxes = patch_targets(scene, self.patch_size)
+        item = {
+            "pixel_values": image_to_pixels(scene.image, self.processor.image_size),
+            "patch_kinds": torch.from_numpy(kinds),
+            "patch_boxes": torch.from_numpy(boxes),
+        }
+        if only_patches:
+            return item
+        tasks = ["caption", "detect", "detect", "count", "relation"]
+        while len(tasks) < self.config.questions_per_picture:
+            tasks.append(rng.choice(("detect", "count", "relation", "presence")))
+        rng.shuffle(tasks)
+        tasks = tasks[: self.config.questions_per_picture]
+        questions = [sample_question(scene, task, rng) for task in tasks]
+        answers = [
+            (
+                self.processor.encode_prefix(question.prompt),
+                self.processor.encode_suffix(question.answer),
+            )
+            for question in questions
+        ]
+        return item | pack_questions(answers, self.processor.num_image_tokens)
+
+
+def collate(items: list[dict[str, Tensor]], pad_token_id: int = 0) -> dict[str, Tensor]:
+    """Items → one batch; packed rows are padded on the right."""
+    batch = {
+        name: torch.stack([item[name] for item in items])
+        for name in ("pixel_values", "patch_kinds", "patch_boxes")
+    }
+    if "input_ids" not in items[0]:
+        return batch
+    for name, padding in (
+        ("input_ids", pad_token_id),
+        ("position_ids", 0),
+        ("token_type_ids", 0),
+        ("question_ids", -1),
+    ):
+        rows = [item[name] for item in items]
+        batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
+    batch["labels"] = batch["input_ids"].masked_fill(batch["token_type_ids"] == 0, -100)
+    return batch
+
+
+class Lesson(nn.Module):
+    """Model and teacher as one module: a batch in, every loss out.
+
+    The teacher overhears what the vision tower says in the model's own forward pass.
+    """
+
+    def __init__(self, model: PaliGemmaForConditionalGeneration, teacher: PatchTeacher):
+        super().__init__()
+        self.model = model
+        self.teacher = teacher
+        self._overheard: Tensor | None = None
+        model.vision_tower.register_forward_hook(self._overhear)
+
+    def _overhear(self, module: nn.Module, args: tuple, features: Tensor) -> None:
+        self._overheard = features
+
+    def forward(
+        self, batch: dict[str, Tensor]
+    ) -> tuple[Float[Tensor, "3"], Float[Tensor, "3"]]:
+        """(totals, counts) of the losses text, kinds, boxes; a loss is total / count.
+
+        Kept apart so that several processes can divide by the count of all of them.
+        A batch without questions leaves the text's at zero.
+        """
+        pixel_values = batch["pixel_values"]
+        if "labels" in batch:
+            labels = batch["labels"]
+            num_image = self.model.config.vision_config.num_image_tokens
+            outputs = self.model(
+                input_ids=batch["input_ids"],
+                pixel_values=pixel_values,
+                attention_mask=packed_mask(
+                    batch["question_ids"], batch["token_type_ids"]
+                ),
+                token_type_ids=batch["token_type_ids"],
+                labels=labels,
+                position_ids=batch["position_ids"],
+                logits_to_keep=labels.shape[1] - num_image,
+            )
+            text_count = (labels != -100).sum().float()
+            text_total = outputs["loss"] * text_count
+        else:
+            self.model.vision_tower(pixel_values)
+            text_total = text_count = pixel_values.new_zeros(())
+        totals, counts = self.teacher(
+            self._overheard, batch["patch_kinds"], batch["patch_boxes"]
+        )
+        self._overheard = None
+        totals = torch.cat([text_total[None], totals])  # [3]
+        return totals, torch.cat([text_count[None], counts])
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """Warm-up, then half a cosine down, once for the eyes and once for everything.
+
+    Source: Loshchilov & Hutter 2017.
+    """
+    if step < config.patch_steps:
+        peak, total = config.patch_learning_rate, config.patch_steps
+    else:
+        peak, total = config.learning_rate, config.steps
+        step -= config.patch_steps
+    warmup = min(config.warmup_steps, max(total // 4, 1))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = (step - warmup) / max(total - warmup, 1)
+    wave = 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    return peak * (config.final_share + (1 - config.final_share) * wave)
+
+
+def loss_weights(step: int, config: TrainingConfig) -> Float[Tensor, "3"]:
+    """How much the losses text, kinds and boxes count at a step."""
+    if step < config.patch_steps:
+        return torch.tensor([0.0, 1.0, 1.0])
+    return torch.tensor([1.0, config.patch_loss_weight, config.patch_loss_weight])
+
+
+def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices only. Source: Loshchilov & Hutter 2019."""
+    matrices = [p for p in module.parameters() if p.ndim >= 2]
+    vectors = [p for p in module.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.98))
+
+
+def _replace_folder(staged: Path, place: Path) -> None:
+    "Move a complete folder to its place; the former one is there until it is."
+    former = place.with_name(place.name + ".old")
+    shutil.rmtree(former, ignore_errors=True)
+    if place.exists():
+        os.replace(place, former)
+    os.replace(staged, place)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def save_training_state(
+    folder: Path,
+    step: int,
+    lesson: Lesson,
+    optimizer: torch.optim.Optimizer,
+    tokenizer: Any,
+    config: TrainingConfig,
+) -> None:
+    """Write `folder/last`: the model in Hugging Face layout, teacher, moments, step.
+
+    The folder appears when it is complete. No pickle: tensors are safetensors.
+    """
+    staged = folder / "last.new"
+    shutil.rmtree(staged, ignore_errors=True)
+    save_hf_model(lesson.model, tokenizer, staged)
+    tensors = {f"teacher.{n}": t for n, t in lesson.teacher.state_dict().items()}
+    for name, parameter in lesson.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = torch.as_tensor(value).clone()
+    save_file(tensors, staged / "training_state.safetensors")
+    text = json.dumps({"step": step, "config": asdict(config)}, indent=2)
+    (staged / "training_state.json").write_text(text + "\n", encoding="utf-8")
+    _replace_folder(staged, folder / "last")
+
+
+def saved_run(folder: Path) -> Path:
+    """Where the last state of a run lies; FileNotFoundError where there is none."""
+    for name in ("last", "last.old"):  # .old: the machine stopped between two renames
+        if (folder / name / "training_state.json").is_file():
+            return folder / name
+    raise FileNotFoundError(f"no saved run in {folder}: start one without --resume")
+
+
+def load_teacher(folder: Path, teacher: PatchTeacher) -> None:
+    """Read the teacher that `save_training_state` wrote beside a model.
+
+    A checkpoint without one leaves the teacher as it is.
+    """
+    path = folder / "training_state.safetensors"
+    if path.is_file():
+        tensors = load_file(path)
+        names = teacher.state_dict()
+        teacher.load_state_dict({name: tensors[f"teacher.{name}"] for name in names})
+
+
+def load_training_state(
+    folder: Path, lesson: Lesson, optimizer: torch.optim.Optimizer
+) -> int:
+    """Put a saved run back into lesson and optimizer; returns the step reached."""
+    place = saved_run(folder)
+    trained, _ = load_hf_model(place, "cpu")
+    lesson.model.load_state_dict(trained.state_dict())
+    load_teacher(place, lesson.teacher)
+    parameters = dict(lesson.named_parameters())
+    for key, value in load_file(place / "training_state.safetensors").items():
+        kind, _, name = key.partition(".")
+        if kind != "teacher":
+            optimizer.state[parameters[name]][kind] = value
+    return json.loads((place / "training_state.json").read_text())["step"]
+
+
+class TrainingLog:
+    """Losses averaged over `log_every` steps, kept in memory and in `log.jsonl`."""
+
+    def __init__(self, folder: Path | None, first_step: int = 0):
+        """Continue at `first_step`: later lines of a former run are dropped."""
+        self.path = folder / "log.jsonl" if folder else None
+        self.entries: list[dict[str, float]] = []
+        self._sum = torch.zeros(len(LOSSES))
+        self._steps = 0
+        if self.path:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if first_step and self.path.is_file():
+                lines = self.path.read_text(encoding="utf-8").splitlines()
+                former = [json.loads(line) for line in lines]
+                self.entries = [e for e in former if e["step"] <= first_step]
+            text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
+            self.path.write_text(text, encoding="utf-8")
+
+    def add(self, losses: Float[Tensor, "3"]) -> None:
+        """Count one step's losses."""
+        self._sum += losses.cpu()
+        self._steps += 1
+
+    def write(self, step: int, **values: float) -> None:
+        """Add a line: the mean losses since the last one, and `values`."""
+        entry = {"step": step, **values}
+        if self._steps:
+            means = (self._sum / self._steps).tolist()
+            entry |= dict(zip(LOSSES, means, strict=True))
+        if not all(math.isfinite(value) for value in entry.values()):
+            raise FloatingPointError(
+                f"a loss is no longer a number at step {step} ({entry}): lower the "
+                "learning rate, or train in float32"
+            )
+        entry = {k: v if k == "step" else float(f"{v:.4g}") for k, v in entry.items()}
+        self.entries.append(entry)
+        self._sum.zero_()
+        self._steps = 0
+        if self.path:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+@torch.no_grad()
+def validate(
+    model: PaliGemmaForConditionalGeneration,
+    processor: PaliGemmaProcessor,
+    num_scenes: int = 50,
+) -> dict[str, float]:
+    """Share of answers that are right to the letter, a task, on validation scenes.
+
+    Detection isn't judged here: a box needn't be right to the pixel.
+    """
+    right: dict[str, list[bool]] = {}
+    for seed in VALIDATION_SEEDS[:num_scenes]:
+        scene = make_scene(seed, processor.image_size)
+        rng = random.Random(seed)
+        tasks = ("caption", "count", "relation", "presence")
+        questions = [sample_question(scene, task, rng) for task in tasks]
+        inputs = processor([q.prompt for q in questions], [scene.image] * len(tasks))
+        texts = generate(model, processor.tokenizer, inputs, max_new_tokens=48)
+        for question, text in zip(questions, texts, strict=True):
+            right.setdefault(question.task, []).append(text == question.answer)
+    return {task: sum(marks) / len(marks) for task, marks in right.items()}
+
+
+def training_step(
+    accelerator: Accelerator,
+    learner: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    step: int,
+    config: TrainingConfig,
+) -> Float[Tensor, "3"]:
+    """Forward, backward, update; returns this process's part of the three losses.
+
+    Each loss is divided by the count of all processes together, times their number,
+    because gradients are averaged over processes.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, config)
+    totals, counts = learner(batch)
+    counts = accelerator.reduce(counts, "sum").clamp(min=1)
+    losses = totals * accelerator.num_processes / counts  # [3]
+    accelerator.backward((losses * loss_weights(step, config).to(losses)).sum())
+    accelerator.clip_grad_norm_(learner.parameters(), config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return losses.detach()
+
+
+Evaluate = Callable[[PaliGemmaForConditionalGeneration, int], dict[str, float]]
+
+
+def train(
+    model: PaliGemmaForConditionalGeneration,
+    processor: PaliGemmaProcessor,
+    config: TrainingConfig,
+    output: str | os.PathLike | None = None,
+    init: str | os.PathLike | None = None,
+    evaluate: Evaluate | None = None,
+    resume: bool = False,
+    stop_after: int | None = None,
+) -> list[dict[str, float]]:
+    """Train `model` in place on scenes; returns the log, one dict a line.
+
+    - `output`: folder for `log.jsonl` and `last` (None keeps everything in memory).
+    - `init`: the folder that `model` came from; a teacher saved there is taken along.
+    - `evaluate`: called every `eval_every` steps and at the end with (model, step);
+      what it returns goes into the log.
+    - `resume`: continue the run saved in `output`; the loss curve goes on as if it had
+      never stopped. `stop_after`: end early, at this step.
+
+    Raises FileExistsError where `output` holds a run and `resume` is False, and
+    FloatingPointError when a loss is no longer a number.
+    Runs on one process or, under `accelerate launch`, on several with the same loss.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    torch.manual_seed(config.seed)
+    folder = Path(output) if output is not None else None
+    if folder and not resume and (folder / "last").exists():
+        raise FileExistsError(
+            f"{folder} holds a run already: resume it, or choose another folder"
+        )
+    lesson = Lesson(model, PatchTeacher(model.config))
+    if init is not None:
+        load_teacher(Path(init), lesson.teacher)
+    optimizer = make_optimizer(lesson, config)
+    first = load_training_state(folder, lesson, optimizer) if resume else 0
+    dataset = SceneDataset(processor, model.config.vision_config.patch_size, config)
+    loader = DataLoader(
+        Subset(dataset, range(first * config.batch_size, len(dataset))),
+        batch_size=config.batch_size,
+        collate_fn=collate,
+        num_workers=config.num_workers,
+        prefetch_factor=4 if config.num_workers else None,
+    )
+    learner, optimizer, loader = accelerator.prepare(lesson, optimizer, loader)
+    log = TrainingLog(folder if accelerator.is_main_process else None, first)
+    bar = tqdm(
+        total=config.all_steps,
+        initial=first,
+        desc="training",
+        unit="step",
+        disable=None if accelerator.is_main_process else True,
+    )
+    learner.train()
+    for step, batch in enumerate(loader, start=first + 1):
+        losses = training_step(accelerator, learner, optimizer, batch, step - 1, config)
+        log.add(accelerator.reduce(losses, "mean"))
+        bar.update()
+        last = step in (config.all_steps, stop_after)
+        if step % config.log_every == 0 or last:
+            log.write(step, learning_rate=learning_rate_at(step - 1, config))
+            bar.set_postfix(log.entries[-1], refresh=False)
+        if evaluate and (step % config.eval_every == 0 or last):
+            model.eval()
+            log.write(step, **evaluate(model, step))
+            model.train()
+        if folder and (step % config.save_every == 0 or last):
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                save_training_state(
+                    folder,
+                    step,
+                    lesson,
+                    optimizer.optimizer,
+                    processor.tokenizer,
+                    config,
+                )
+        if last:
+            break
+    bar.close()
+    model.eval()
+    return log.entries
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A flag for every field of TrainingConfig, and where to read and write."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlm.training",
+        description="Train the embedded model, or go on with a checkpoint, on scenes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--output", required=True, help="folder for log and checkpoint")
+    parser.add_argument(
+        "--init", help="checkpoint to start from (default: a new model)"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in output"
+    )
+    parser.add_argument("--stop_after", type=int, help="end early, at this step")
+    for setting in fields(TrainingConfig):
+        parser.add_argument(
+            f"--{setting.name}",
+            type=type(setting.default),
+            default=setting.default,
+            help=setting.metadata["help"],
+        )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 2 and one clear line for what a user can get wrong."""
+    arguments = vars(build_parser().parse_args(argv))
+    output, init = Path(arguments.pop("output")), arguments.pop("init")
+    resume, stop_after = arguments.pop("resume"), arguments.pop("stop_after")
+    config = TrainingConfig(**arguments)
+    try:
+        start = saved_run(output) if resume else init
+        if start:
+            model, tokenizer = load_hf_model(start, "cpu")
+        else:
+            model, tokenizer = new_model(config.seed)
+        processor = make_processor(model, tokenizer)
+        train(
+            model,
+            processor,
+            config,
+            output,
+            init,
+            evaluate=lambda model, step: validate(model, processor),
+            resume=resume,
+            stop_after=stop_after,
+        )
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"checkpoint in {output / 'last'}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
