@@ -1,0 +1,275 @@
+"""Look tokens up, repeat one block of attention and MLP, score the whole vocabulary: a
+language model.
+
+Built in notebooks/08_gemma.ipynb: edit it there, then run `make export`.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .attention import GemmaAttention
+from .config import GemmaConfig
+from .kv_cache import KVCache, StaticKVCache
+from .rmsnorm import GemmaRMSNorm
+from .rope import GemmaRotaryEmbedding
+
+__all__ = [
+    "GemmaMLP",
+    "GemmaDecoderLayer",
+    "GemmaModel",
+    "causal_mask",
+    "positions_from_mask",
+    "pad_to_keys",
+    "GemmaForCausalLM",
+    "build_language_model",
+]
+
+
+class GemmaMLP(nn.Module):
+    """GeGLU: one linear map, through a tanh-GELU, gates another, for each token alone.
+
+    Source: Shazeer 2020.
+    """
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__()
+        width, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+        """Widen twice, multiply, narrow."""
+        gate = self.gate_proj(hidden_states)  # [B, T, inner]
+        gate = F.gelu(gate, approximate="tanh")
+        return self.down_proj(gate * self.up_proj(hidden_states))  # [B, T, D]
+
+
+class GemmaDecoderLayer(nn.Module):
+    """Norm, attention, add; norm, MLP, add.
+
+    `post_attention_layernorm` is the norm at the entrance of the MLP: the name is the
+    checkpoint files'.
+    """
+
+    def __init__(self, config: GemmaConfig, layer_idx: int):
+        super().__init__()
+        width, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = GemmaAttention(config, layer_idx)
+        self.mlp = GemmaMLP(config)
+        self.input_layernorm = GemmaRMSNorm(width, eps)
+        self.post_attention_layernorm = GemmaRMSNorm(width, eps)
+
+    def forward(
+        self,
+        hidden_states: Float[Tensor, "B T D"],
+        cos: Float[Tensor, "B T Dh"],
+        sin: Float[Tensor, "B T Dh"],
+        attention_mask: Bool[Tensor, "B 1 T M"],
+        kv_cache: KVCache | StaticKVCache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T M"] | None]:
+        """The stream after this block; the attention weights when asked, else None."""
+        mixed, weights = self.self_attn(
+            self.input_layernorm(hidden_states),
+            cos,
+            sin,
+            attention_mask,
+            kv_cache,
+            output_attentions,
+        )
+        hidden_states = hidden_states + mixed  # [B, T, D]
+        normalized = self.post_attention_layernorm(hidden_states)
+        hidden_states = hidden_states + self.mlp(normalized)  # [B, T, D]
+        return hidden_states, weights
+
+
+class GemmaModel(nn.Module):
+    """The table, the blocks, the final norm."""
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id
+        )
+        self.layers = nn.ModuleList(
+            GemmaDecoderLayer(config, layer_idx)
+            for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = GemmaRotaryEmbedding(config.head_dim, config.rope_theta)
+
+    def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """Look tokens up and multiply by √D, rounded to the embedding's dtype first."""
+        embeds = self.embed_tokens(input_ids)  # [B, T, D]
+        return embeds * torch.tensor(self.config.hidden_size**0.5, dtype=embeds.dtype)
+
+    def forward(
+        self,
+        inputs_embeds: Float[Tensor, "B T D"],
+        attention_mask: Bool[Tensor, "B 1 T M"],
+        position_ids: Int[Tensor, "B T"],
+        kv_cache: KVCache | StaticKVCache | None = None,
+        output_attentions: bool = False,
+    ) -> tuple[Float[Tensor, "B T D"], list[Float[Tensor, "B H T M"]]]:
+        """Scaled embeddings → final states, and each layer's weights when asked."""
+        cos, sin = self.rotary_emb(inputs_embeds, position_ids)  # [B, T, Dh] each
+        hidden_states = inputs_embeds
+        attentions = []
+        for layer in self.layers:
+            hidden_states, weights = layer(
+                hidden_states, cos, sin, attention_mask, kv_cache, output_attentions
+            )
+            if output_attentions:
+                attentions.append(weights)
+        return self.norm(hidden_states), attentions
+
+
+def causal_mask(
+    attention_mask: Int[Tensor, "B M"], num_new: int
+) -> Bool[Tensor, "B 1 T M"]:
+    """Whom the last `num_new` of M tokens see: real tokens, none later than they are.
+
+    A padding token has nothing to see; it sees everything, so that its softmax is
+    defined. Nobody reads what it computes.
+    """
+    valid = attention_mask.bool()  # [B, M]
+    place = torch.arange(valid.shape[1], device=valid.device)  # [M]
+    earlier = place[None, :] <= place[-num_new:, None]  # [T, M]
+    mask = earlier[None] & valid[:, None, :]  # [B, T, M]
+    mask = mask | ~valid[:, -num_new:, None]  # padding rows
+    return mask[:, None]  # [B, 1, T, M]
+
+
+def positions_from_mask(
+    attention_mask: Int[Tensor, "B M"], num_new: int
+) -> Int[Tensor, "B T"]:
+    """Positions of the last `num_new` tokens: real tokens count from 0."""
+    position_ids = attention_mask.long().cumsum(dim=-1) - 1  # [B, M]
+    return position_ids.clamp(min=0)[:, -num_new:]  # [B, T]
+
+
+def pad_to_keys(
+    mask: Bool[Tensor, "B 1 T M"], kv_cache: KVCache | StaticKVCache | None
+) -> Bool[Tensor, "B 1 T keys"]:
+    """Extend a mask with False over the places of a static cache that aren't filled."""
+    if kv_cache is None:
+        return mask
+    empty = kv_cache.key_length(mask.shape[2]) - mask.shape[3]
+    return F.pad(mask, (0, empty)) if empty else mask
+
+
+def _mask_and_positions(
+    attention_mask: Tensor | None,
+    position_ids: Int[Tensor, "B T"] | None,
+    inputs_embeds: Float[Tensor, "B T D"],
+    past: int,
+) -> tuple[Bool[Tensor, "B 1 T M"], Int[Tensor, "B T"]]:
+    """Check what the caller gave and fill in what was left out."""
+    batch, num_new = inputs_embeds.shape[:2]
+    length = past + num_new
+    if attention_mask is None:
+        attention_mask = torch.ones(
+            batch, length, dtype=torch.long, device=inputs_embeds.device
+        )
+    is_table = attention_mask.ndim == 2  # [B, M]; else it says who sees whom
+    expected = (batch, length) if is_table else (batch, 1, num_new, length)
+    if tuple(attention_mask.shape) != expected:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, expected "
+            f"{expected}: {past} tokens are in the cache and {num_new} are new"
+        )
+    if is_table:
+        attention_mask = attention_mask.long()
+        if position_ids is None:
+            position_ids = positions_from_mask(attention_mask, num_new)
+        return causal_mask(attention_mask, num_new), position_ids
+    if attention_mask.dtype != torch.bool:
+        raise ValueError(
+            "a 4-dimensional attention_mask must be bool, True where a token may "
+            f"look, but this one is {attention_mask.dtype}"
+        )
+    if position_ids is None:
+        raise ValueError("a 4-dimensional attention_mask needs position_ids")
+    return attention_mask, position_ids
+
+
+class GemmaForCausalLM(nn.Module):
+    """The decoder and its output head, which is the embedding table again.
+
+    On its own it is causal. Source: Gemma Team 2024; tied weights, Press & Wolf 2017.
+    """
+
+    def __init__(self, config: GemmaConfig):
+        super().__init__()
+        self.config = config
+        self.model = GemmaModel(config)
+        # A shell without memory: the table takes its place at once.
+        self.lm_head = nn.Linear(
+            config.hidden_size, config.vocab_size, bias=False, device="meta"
+        )
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make the output head and the embedding one matrix."""
+        self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"] | None = None,
+        inputs_embeds: Float[Tensor, "B T D"] | None = None,
+        attention_mask: Tensor | None = None,
+        kv_cache: KVCache | StaticKVCache | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        logits_to_keep: int = 0,
+        output_attentions: bool = False,
+    ) -> dict[str, Any]:
+        """Token ids or scaled embeddings → `logits` [B, T, V] and the `kv_cache`.
+
+        - `attention_mask`: [B, M] of 1 and 0, the cached tokens included, for causal
+          attention; or bool [B, 1, T, M], which says outright who sees whom.
+        - `position_ids` [B, T]: counted from the mask when absent.
+        - `logits_to_keep`: 0 for logits at every position, n for the last n.
+        - `output_attentions` adds `attentions`, one [B, H, T, M] a layer.
+
+        Raises ValueError unless exactly one of `input_ids` and `inputs_embeds` is
+        given, for a mask that doesn't fit, and for more tokens than positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.model.embed(input_ids)  # [B, T, D]
+        past = kv_cache.num_items() if kv_cache is not None else 0
+        length = past + inputs_embeds.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(
+                f"{length} tokens, but the model has "
+                f"{self.config.max_position_embeddings} positions: shorten the prompt "
+                "or generate fewer tokens"
+            )
+        attention_mask, position_ids = _mask_and_positions(
+            attention_mask, position_ids, inputs_embeds, past
+        )
+        hidden_states, attentions = self.model(
+            inputs_embeds,
+            pad_to_keys(attention_mask, kv_cache),
+            position_ids,
+            kv_cache,
+            output_attentions,
+        )
+        if logits_to_keep:
+            hidden_states = hidden_states[:, -logits_to_keep:]  # [B, n, D]
+        outputs = {"logits": self.lm_head(hidden_states), "kv_cache": kv_cache}
+        if output_attentions:
+            outputs["attentions"] = attentions
+        return outputs
+
+
+def build_language_model(config: GemmaConfig) -> nn.Module:
+    """The decoder that a config asks for."""
+    return GemmaForCausalLM(config)
