@@ -1,0 +1,347 @@
+"""The command line: answers to stdout, one line of advice for every mistake."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from reference import randomize, tiny_config
+
+import vlm.sampling
+import vlm.weights
+from vlm.detection import Detection, ParsedObjects
+from vlm.inference import build_parser, format_table, main, test_inference
+from vlm.paligemma import PaliGemmaForConditionalGeneration
+from vlm.processing import PaliGemmaProcessor
+from vlm.sampling import Generation, generate
+from vlm.weights import load_hf_model, save_hf_model
+
+OWL = ("<loc0000>", "<loc0341>", "<loc0682>", "<loc1023>", " owl")
+NO_BOX = (" ;", " ", "<loc0001>", " owl")
+HALF = 0.5
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, request):
+    """The folder of a tiny random model."""
+    tokenizer = request.getfixturevalue("tokenizer")
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    # As in the real model, <image> has no row: a random model can't write it then.
+    config = tiny_config(
+        text=dict(vocab_size=image_token), image_token_index=image_token
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    model = randomize(PaliGemmaForConditionalGeneration(config))
+    save_hf_model(model, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder(tmp_path, monkeypatch):
+    """Every test works in a folder of its own, with a picture and what is none."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (300, 600), "white").save("picture.png")
+    (tmp_path / "letter.jpg").write_text("Dear picture")
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Make the model write given pieces: `says("a", " b")`; True ends with EOS."""
+
+    def set_answer(*pieces: str, ends: bool = True) -> None:
+        def steps(model, tokenizer, inputs, settings):
+            row = Generation([], [], [])
+            for piece in (*pieces, "") if ends else pieces:
+                row.token_ids.append(7 if piece else tokenizer.eos_token_id)
+                row.probabilities.append(HALF)
+                row.pieces.append(piece)
+                yield [row]
+
+        monkeypatch.setattr(vlm.sampling, "generation_steps", steps)
+
+    return set_answer
+
+
+def ask(prompt: str = "detect owl", *more: str) -> list[str]:
+    return ["--prompt", prompt, "--image_file_path", "picture.png", *more]
+
+
+def size(path: str) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
+# Answers
+
+
+def test_boxes_are_streamed_listed_and_drawn(checkpoint, says, capsys):
+    says(*OWL, *NO_BOX)
+    model = ("--model_path", str(checkpoint), "--only_cpu")
+    assert main(ask("detect owl", *model, "--output", "out.png")) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        "".join((*OWL, *NO_BOX)),
+        "label   x0  y0   x1   y1  score",
+        "owl    100   0  300  400   0.50",
+        "1 left out: no valid box",
+    ]
+    assert err.splitlines()[0] == "wrote out.png"
+    assert f"answered by {checkpoint}" in err and ", cpu" in err
+    with Image.open("out.png") as drawn:
+        assert drawn.size == (300, 600)
+        assert drawn.getpixel((100, 200)) != (255, 255, 255)
+        assert drawn.getpixel((200, 200)) == (255, 255, 255)
+
+
+def test_pieces_appear_one_by_one(checkpoint, monkeypatch):
+    screen, seen = io.BytesIO(), []
+
+    def steps(model, tokenizer, inputs, settings):
+        row = Generation([], [], [])
+        for piece, token in (("two", 7), (" owls", 8), ("", tokenizer.eos_token_id)):
+            row.token_ids.append(token)
+            row.probabilities.append(1.0)
+            row.pieces.append(piece)
+            yield [row]
+            seen.append(screen.getvalue())
+
+    monkeypatch.setattr(vlm.sampling, "generation_steps", steps)
+    # Like a pipe, it shows nothing before it is flushed.
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="utf-8"))
+    assert main(ask("caption en", "--model_path", str(checkpoint))) == 0
+    assert seen == [b"two", b"two owls", b"two owls"]
+
+
+def test_nothing_found_is_said_and_the_picture_saved(checkpoint, says, capsys):
+    says()
+    words = ("--model_path", str(checkpoint), "--output", "out.jpg")
+    assert main(ask("detect unicorn", *words)) == 0
+    out, err = capsys.readouterr()
+    assert out == "\nnothing found\n"
+    assert "wrote out.jpg, without a box" in err
+    assert size("out.jpg") == (300, 600)
+
+
+def test_a_caption_has_no_table(checkpoint, says, capsys):
+    says("two", " owls")
+    assert main(ask("caption en", "--model_path", str(checkpoint))) == 0
+    assert capsys.readouterr().out == "two owls\n"
+
+
+def test_boxes_are_in_pixels_of_the_upright_picture(checkpoint, says, capsys):
+    says(*OWL)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    Image.new("RGB", (800, 400)).save("phone.jpg", exif=exif)
+    words = ["--prompt", "detect owl", "--image_file_path", "phone.jpg"]
+    assert main([*words, "--model_path", str(checkpoint), "--output", "o.png"]) == 0
+    assert "owl    133   0  400  533" in capsys.readouterr().out
+    assert size("o.png") == (400, 800)
+
+
+def test_an_answer_that_was_cut_is_called_so(checkpoint, says, capsys):
+    says("two", " owls", ends=False)
+    main(ask("caption en", "--model_path", str(checkpoint)))
+    assert "cut after 2 tokens: --max_tokens_to_generate" in capsys.readouterr().err
+
+
+def test_the_text_is_what_generate_gives(checkpoint, capsys):
+    model, tokenizer = load_hf_model(checkpoint, "cpu")
+    vision = model.config.vision_config
+    processor = PaliGemmaProcessor(
+        tokenizer, vision.num_image_tokens, vision.image_size
+    )
+    settings = dict(max_tokens_to_generate=12)
+    text = test_inference(
+        model, processor, "cpu", "caption en", "picture.png", **settings
+    )
+    inputs = processor(text=["caption en"], images=["picture.png"])
+    assert text == generate(model, tokenizer, inputs, max_new_tokens=12)[0]
+    assert capsys.readouterr().out == f"{text}\n"
+
+
+def test_a_seed_repeats_an_answer_and_a_drawn_seed_is_shown(checkpoint, capsys):
+    words = ask("caption en", "--model_path", str(checkpoint), "--do_sample", "True")
+    words += ["--temperature", "5", "--top_p", "1", "--max_tokens_to_generate", "8"]
+
+    def run(*more: str) -> tuple[str, str]:
+        assert main([*words, *more]) == 0
+        return capsys.readouterr()
+
+    first, said = run()
+    seed = said.rpartition("--seed ")[2].strip()
+    assert run("--seed", seed)[0] == first
+    assert run()[0] != first  # and a new run is a new draw
+    assert "--seed" not in run("--seed", "1")[1]
+
+
+def test_sampling_options_without_sampling_are_called_idle(checkpoint, says, capsys):
+    says("two")
+    words = ("--model_path", str(checkpoint), "--top_p", "0.5")
+    assert main(ask("caption en", *words)) == 0
+    assert "--top_p counts only with --do_sample True" in capsys.readouterr().err
+
+
+def test_segment_on_another_model_shows_boxes_and_says_what_is_missing(
+    checkpoint, says, capsys
+):
+    says(*OWL[:4], *["<seg007>"] * 16, OWL[4])
+    assert main(ask("segment owl", "--model_path", str(checkpoint))) == 0
+    out, err = capsys.readouterr()
+    assert "owl    100   0  300  400" in out
+    assert "only boxes are shown" in err and "--mask_decoder" in err
+
+
+def test_a_table_keeps_its_columns():
+    things = [Detection("hot dog", (1.4, 20.6, 300, 4000), 0.875)]
+    things.append(Detection("a\nb", (0, 0, 1, 1)))
+    assert format_table(ParsedObjects(things)).splitlines() == [
+        "label    x0  y0   x1    y1  score",
+        "hot dog   1  21  300  4000   0.88",
+        "a b       0   0    1     1   1.00",
+    ]
+    assert format_table(ParsedObjects([], invalid=2)).splitlines() == [
+        "nothing found",
+        "2 left out: no valid box",
+    ]
+
+
+# Options
+
+
+@pytest.mark.parametrize("flag", ["do_sample", "only_cpu"])
+@pytest.mark.parametrize(
+    "words, meaning",
+    [((), False), ((None,), True), (("True",), True), (("False",), False)]
+    + [(("yes",), True), (("no",), False), (("1",), True), (("0",), False)],
+)
+def test_switches_mean_what_they_say(flag, words, meaning):
+    argv = [f"--{flag}", *filter(None, words)] if words else []
+    assert getattr(build_parser().parse_args(argv), flag) is meaning
+
+
+def test_help_is_quick_and_honest():
+    code = (
+        "import sys\nfrom vlm.inference import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as end:\n    sys.exit(end.code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, "--help failed, or brought torch along"
+    assert "hundred kinds of sticker\nand nothing else of the world" in done.stdout
+    for flag in ("--prompt", "--output", "--only_cpu", "--mask_decoder", "--seed"):
+        assert flag in done.stdout
+
+
+def test_pytest_leaves_test_inference_alone():
+    assert test_inference.__test__ is False
+
+
+# Mistakes: one line, status 2
+
+
+MISTAKES = [
+    ([], "--prompt is missing"),
+    (["--prompt", "detect owl"], "--image_file_path is missing"),
+    (["--prompt"], "argument --prompt: expected one argument"),
+    (["--prompt", "detect", "owl"], "'owl' belongs to no option: put a prompt"),
+    (ask("x", "--promt", "y"), "unknown option --promt: did you mean --prompt?"),
+    (ask("x", "--max_tokens=5"), "did you mean --max_tokens_to_generate?"),
+    (ask("x", "--xyz"), "unknown option --xyz: --help lists all options"),
+    (ask("x", "--do_sample", "perhaps"), "'perhaps' is neither True nor False"),
+    (ask("x", "--max_tokens_to_generate", "many"), "invalid int value: 'many'"),
+    (ask("x", "--max_tokens_to_generate", "0"), "max_tokens_to_generate=0 must"),
+    (ask("x", "--do_sample", "--temperature", "-1"), "temperature=-1.0 must be"),
+    (ask("x", "--do_sample", "--temperature", "nan"), "temperature=nan must be"),
+    (ask("x", "--do_sample", "--top_p", "0"), "top_p=0.0 must be in"),
+    (ask("x", "--top_k", "0"), "top_k=0 must be"),
+    (ask(" "), "the prompt is empty"),
+    (ask("x", "--image_file_path", "no.png"), "no.png"),
+    (ask("x", "--image_file_path", "."), "no image file at ."),
+    (ask("x", "--image_file_path", "letter.jpg"), "letter.jpg is not a picture"),
+    (ask("x", "--output", "no/out.png"), "no folder no: make it"),
+    (ask("x", "--output", "out.txt"), "must be a file that ends in .png or .jpg"),
+    (ask("x", "--output", "out"), "must be a file that ends in .png or .jpg"),
+    (ask("x", "--output", "picture.png"), "is the picture itself"),
+    (ask("segment owl"), "can't segment yet: masks come with chapter 16"),
+    (ask("segment owl"), 'for boxes ask "detect owl"'),
+    (ask("segment owl", "--mask_decoder", "m.npz"), "--mask_decoder has no use yet"),
+]
+
+
+def check_mistake(words: list[str], advice: str, capsys) -> None:
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert advice in err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("words, advice", MISTAKES)
+def test_a_mistake_is_one_line_before_any_model(words, advice, capsys, monkeypatch):
+    def load(*_):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(vlm.weights, "load_hf_model", load)
+    check_mistake(words, advice, capsys)
+
+
+def test_the_picture_is_never_overwritten(capsys):
+    picture = Path("picture.png")
+    before = picture.read_bytes()
+    check_mistake(ask("x", "--output", "./picture.png"), "another name", capsys)
+    assert picture.read_bytes() == before
+
+
+def test_a_model_that_is_not_there(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for path in ("no/such/folder", "empty", "letter.jpg"):
+        check_mistake(ask("x", "--model_path", path), path, capsys)
+
+
+def test_a_damaged_checkpoint(checkpoint, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in checkpoint.iterdir():
+        (damaged / file.name).write_bytes(file.read_bytes()[:9999])
+    config = (checkpoint / "config.json").read_bytes()
+    (damaged / "config.json").write_bytes(config)
+    advice = "model.safetensors"
+    check_mistake(ask("x", "--model_path", str(damaged)), advice, capsys)
+
+
+def test_a_prompt_longer_than_the_positions(checkpoint, capsys):
+    prompt = "detect" + " owl" * 300
+    words = ask(prompt, "--model_path", str(checkpoint))
+    check_mistake(words, "shorten the prompt", capsys)
+    # The prompt alone would fit, the answer not: known before its first word.
+    words = ask("x", "--model_path", str(checkpoint), "--max_tokens_to_generate", "250")
+    check_mistake(words, "generate fewer tokens", capsys)
+
+
+def test_an_image_token_in_the_prompt(checkpoint, capsys):
+    words = ask("<image> caption en", "--model_path", str(checkpoint))
+    check_mistake(words, "<image>", capsys)
+
+
+def test_no_memory_is_a_line_and_a_fault_of_ours_a_traceback(capsys, monkeypatch):
+    def fails(message: str):
+        def load(*_):
+            raise RuntimeError(message)
+
+        monkeypatch.setattr(vlm.weights, "load_hf_model", load)
+
+    fails("CUDA out of memory. Tried to allocate 3 GiB")
+    check_mistake(ask("x"), "try --only_cpu True", capsys)
+    fails("shapes disagree")
+    with pytest.raises(RuntimeError, match="shapes disagree"):
+        main(ask("x"))
+
+
+def test_the_process_ends_with_status_2():
+    command = [sys.executable, "-m", "vlm.inference", "--prompt", "x", "--imge", "y"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: unknown option --imge: --help lists all options\n"
