@@ -1,0 +1,448 @@
+import pytest
+import torch
+import transformers
+from PIL import Image
+from reference import pair, random_inputs, tiny_config, to_our_names
+from torch.nn import functional as F
+
+from vlm.config import PaliGemmaConfig
+from vlm.kv_cache import KVCache, StaticKVCache
+from vlm.paligemma import (
+    PaliGemmaForConditionalGeneration,
+    next_token_loss,
+    place_tokens,
+)
+from vlm.processing import PaliGemmaProcessor
+
+CONFIGS = {
+    "mqa": dict(),
+    "gqa": dict(text=dict(num_key_value_heads=2), vision=dict(image_size=42)),
+    "mha": dict(text=dict(num_key_value_heads=4, head_dim=8)),
+    "one-image-token": dict(vision=dict(image_size=14), text=dict(head_dim=20)),
+    "image-id-outside-the-table": dict(image_token_index=128),
+    "patch-7": dict(vision=dict(patch_size=7, num_attention_heads=2)),
+}
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def models(request):
+    torch.manual_seed(0)
+    return pair(tiny_config(**CONFIGS[request.param]))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return pair()[0]
+
+
+def close(ours, theirs):
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def without(inputs, *names):
+    return {name: tensor for name, tensor in inputs.items() if name not in names}
+
+
+def count_looks(model):
+    looks = []
+    model.vision_tower.register_forward_hook(lambda *call: looks.append(1))
+    return looks
+
+
+# --- Parity with transformers -------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@torch.no_grad()
+def test_prefill_logits(models, padding):
+    ours, theirs = models
+    inputs = random_inputs(ours.config, (5, 1, 3), padding=padding)
+    real = inputs["attention_mask"].bool()
+    expected = theirs(**inputs).logits[real]
+    close(ours(**inputs)["logits"][real], expected)
+    # Without types, all that is given in one pass is prefix.
+    close(ours(**without(inputs, "token_type_ids"))["logits"][real], expected)
+
+
+@torch.no_grad()
+def test_prefill_logits_through_transformers_sdpa():
+    ours, theirs = pair(attention="sdpa")
+    inputs = random_inputs(ours.config, (5, 1, 3))
+    real = inputs["attention_mask"].bool()
+    close(ours(**inputs)["logits"][real], theirs(**inputs).logits[real])
+
+
+@torch.no_grad()
+def test_cached_decode_token_by_token(models):
+    ours, theirs = models
+    inputs = random_inputs(ours.config, (5, 1, 3))
+    tokens = torch.randint(4, 120, (3, 5))
+    cache, their_cache = KVCache(chunk=7), transformers.DynamicCache()
+    here = ours(**inputs, kv_cache=cache)["logits"]
+    there = theirs(**inputs, past_key_values=their_cache, use_cache=True).logits
+    mask = inputs["attention_mask"]
+    for token in tokens.split(1, dim=1):
+        close(here[:, -1], there[:, -1])
+        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+        outputs = ours(token, attention_mask=mask, kv_cache=cache)
+        here = outputs["logits"]
+        assert here.shape == (3, 1, 128) and outputs["kv_cache"] is cache
+        there = theirs(token, attention_mask=mask, past_key_values=their_cache).logits
+    close(here[:, -1], there[:, -1])
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_training_loss_and_gradients(models, padding):
+    ours, theirs = models
+    inputs = random_inputs(ours.config, (5, 1, 3), (2, 6, 1), padding)
+    for model in models:
+        model.zero_grad()
+    loss, expected = ours(**inputs)["loss"], theirs(**inputs).loss
+    close(loss, expected)
+    loss.backward()
+    expected.backward()
+    gradients = to_our_names({n: p.grad for n, p in theirs.named_parameters()})
+    for name, parameter in ours.named_parameters():
+        close(parameter.grad, gradients[name])
+    assert any(p.grad.abs().max() > 1e-2 for p in ours.vision_tower.parameters())
+
+
+@torch.no_grad()
+def greedy(model, inputs, cache, steps):
+    mask, written = inputs["attention_mask"], []
+    outputs = model(**inputs, kv_cache=cache, logits_to_keep=1)
+    for _ in range(steps):
+        written.append(outputs["logits"][:, -1].argmax(-1, keepdim=True))
+        mask = torch.cat([mask, torch.ones_like(written[-1])], dim=1)
+        outputs = model(written[-1], attention_mask=mask, kv_cache=cache)
+    return torch.cat(written, dim=1)
+
+
+def test_greedy_tokens(models):
+    ours, theirs = models
+    inputs = random_inputs(ours.config, (5, 1, 3))
+    theirs.generation_config.eos_token_id = None
+    expected = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[:, -8:]
+    assert torch.equal(greedy(ours, inputs, KVCache(), 8), expected)
+    static = StaticKVCache(ours.config.text_config, 3, 64)
+    assert torch.equal(greedy(ours, inputs, static, 8), expected)
+
+
+@torch.no_grad()
+def test_attentions(models):
+    ours, theirs = models
+    inputs = random_inputs(ours.config, (5, 1, 3))
+    real = inputs["attention_mask"].bool()
+    here = ours(**inputs, output_attentions=True)["attentions"]
+    there = theirs(**inputs, output_attentions=True).attentions
+    assert len(here) == len(there) == ours.config.text_config.num_hidden_layers
+    for weights, expected in zip(here, there):
+        close(weights.transpose(1, 2)[real], expected.transpose(1, 2)[real])
+
+
+def test_what_is_broken_is_seen():
+    ours, theirs = pair()
+    inputs = random_inputs(ours.config, (5, 1, 3), (2, 6, 1))
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = theirs(**inputs).logits[real]
+        ones = torch.ones_like(inputs["token_type_ids"])
+        causal = ours(**(inputs | {"token_type_ids": ones}))["logits"][real]
+        assert (causal - expected).abs().max() > 1e-2
+        for parameter in ours.multi_modal_projector.parameters():
+            parameter *= ours.config.text_config.hidden_size**0.5
+        scaled = ours(**inputs)["logits"][real]
+        assert (scaled - expected).abs().max() > 1e-2
+
+
+# --- Properties ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@torch.no_grad()
+def test_a_row_is_the_same_alone_and_in_a_batch(model, padding):
+    inputs = random_inputs(model.config, (5, 1, 3), (2, 6, 1), padding)
+    together = model(**inputs)["logits"]
+    for row in range(3):
+        real = inputs["attention_mask"][row].bool()
+        alone = model(
+            inputs["input_ids"][row, real][None],
+            inputs["pixel_values"][row : row + 1],
+            token_type_ids=inputs["token_type_ids"][row, real][None],
+        )
+        close(alone["logits"][0], together[row, real])
+
+
+@pytest.mark.parametrize("make_cache", ["dynamic", "static"])
+@torch.no_grad()
+def test_at_once_and_token_by_token(model, make_cache):
+    inputs = random_inputs(model.config, (5, 1, 3), (4, 4, 4))
+    at_once = model(**inputs)["logits"]
+    length = inputs["input_ids"].shape[1]
+    cache = KVCache(chunk=3)
+    if make_cache == "static":
+        cache = StaticKVCache(model.config.text_config, 3, length + 2)
+    first = {name: inputs[name][:, :-4] for name in ("input_ids", "attention_mask")}
+    pieces = [model(**first, pixel_values=inputs["pixel_values"], kv_cache=cache)]
+    for end in range(length - 3, length + 1):
+        mask = inputs["attention_mask"][:, :end]
+        token = inputs["input_ids"][:, end - 1 : end]
+        pieces.append(model(token, attention_mask=mask, kv_cache=cache))
+    logits = torch.cat([piece["logits"] for piece in pieces], dim=1)
+    real = inputs["attention_mask"].bool()
+    close(logits[real], at_once[real])
+
+
+@torch.no_grad()
+def test_several_tokens_behind_a_filled_cache_are_causal(model):
+    inputs = random_inputs(model.config, (5,), (4,))
+    cache = KVCache()
+    prefix = inputs["input_ids"][:, :-4]
+    model(prefix, inputs["pixel_values"], kv_cache=cache)
+    answer = model(inputs["input_ids"][:, -4:], kv_cache=cache)["logits"]
+    close(answer, model(**inputs)["logits"][:, -4:])
+
+
+@torch.no_grad()
+def test_the_answer_does_not_see_its_future(model):
+    inputs = random_inputs(model.config, (5,), (4,))
+    before = model(**inputs)["logits"]
+    inputs["input_ids"][:, -2] = 4 + (inputs["input_ids"][:, -2] - 3) % 100
+    after = model(**inputs)["logits"]
+    torch.testing.assert_close(before[:, :-2], after[:, :-2], atol=1e-6, rtol=0)
+    assert (before[:, -2] - after[:, -2]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_the_eyes_look_once():
+    model, _ = pair()
+    looks = count_looks(model)
+    inputs = without(random_inputs(model.config, (5, 3)), "token_type_ids")
+    pixel_values, mask = inputs["pixel_values"], inputs["attention_mask"]
+    cache = KVCache()
+    token = model(**inputs, kv_cache=cache)["logits"][:, -1:].argmax(-1)
+    for _ in range(4):
+        mask = torch.cat([mask, torch.ones_like(token)], dim=1)
+        outputs = model(token, pixel_values, mask, cache)
+        token = outputs["logits"][:, -1:].argmax(-1)
+    assert len(looks) == 1
+    assert cache.num_items() == mask.shape[1]
+
+
+@torch.no_grad()
+def test_logits_to_keep(model):
+    inputs = random_inputs(model.config, (5, 3), (3, 3))
+    everything = model(**inputs)
+    for n in (1, 4):
+        kept = model(**inputs, logits_to_keep=n)
+        assert kept["logits"].shape[1] == n
+        close(kept["logits"], everything["logits"][:, -n:])
+    close(kept["loss"], everything["loss"])  # the last 4 places hold the whole answer
+
+
+def test_several_questions_about_one_picture(model):
+    inputs = random_inputs(
+        model.config, (5, 1, 3, 2, 4, 1), (2, 6, 1, 3, 2, 2), "right"
+    )
+    pictures = inputs.pop("pixel_values")[:2]
+    looks = []
+    handle = model.vision_tower.register_forward_hook(
+        lambda module, args, output: looks.append(len(args[0]))
+    )
+    results = []
+    for pixel_values in (pictures, pictures.repeat_interleave(3, dim=0)):
+        model.zero_grad()
+        outputs = model(**inputs, pixel_values=pixel_values)
+        outputs["loss"].backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        results.append((outputs["loss"], outputs["logits"], gradients))
+    handle.remove()
+    assert looks == [2, 6]
+    (loss, logits, shared), (repeated_loss, repeated_logits, repeated) = results
+    close(loss, repeated_loss)
+    close(logits, repeated_logits)
+    for here, there in zip(shared, repeated):
+        close(here, there)
+
+
+@torch.no_grad()
+def test_a_mask_that_says_outright_who_sees_whom(model):
+    inputs = random_inputs(model.config, (5, 1), (2, 3), "right")
+    mask, places = place_tokens(
+        inputs["input_ids"], 0, inputs["attention_mask"], inputs["token_type_ids"]
+    )
+    outright = model(
+        inputs["input_ids"],
+        inputs["pixel_values"],
+        attention_mask=mask,
+        position_ids=places,
+    )
+    assert torch.equal(outright["logits"], model(**without(inputs, "labels"))["logits"])
+
+
+@pytest.mark.parametrize("past", [0, 3])
+def test_places_count_real_tokens_and_new_ones_are_answer_behind_a_cache(past):
+    real = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    mask, places = place_tokens(torch.ones(2, 5 - past).long(), past, real)
+    expected = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
+    assert torch.equal(places, expected[:, past:])
+    first_new = mask[1, 0, 0].tolist()
+    assert first_new == ([True] * 5 if past == 0 else [True] * 4 + [False])
+
+
+@torch.no_grad()
+def test_a_boolean_mask_of_two_axes_will_do(model):
+    inputs = without(random_inputs(model.config, (5, 1)), "token_type_ids")
+    expected = model(**inputs)["logits"]
+    inputs["attention_mask"] = inputs["attention_mask"].bool()
+    assert torch.equal(model(**inputs)["logits"], expected)
+
+
+def test_mixed_precision_trains():
+    model, _ = pair()
+    inputs = random_inputs(model.config, (5, 1), (2, 3), "right")
+    exact = model(**inputs)["loss"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**inputs)["loss"]
+    loss.backward()
+    assert abs(loss.item() - exact.item()) < 0.1
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_bfloat16_weights():
+    model, _ = pair()
+    inputs = random_inputs(model.config, (5, 1))
+    exact = model(**inputs)["logits"]
+    model = model.bfloat16()
+    assert model.dtype == torch.bfloat16 and model.device.type == "cpu"
+    logits = model(**inputs)["logits"]
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - exact).abs().mean() < 0.1
+
+
+def test_output_head_and_embedding_are_one_matrix(model):
+    table = model.language_model.model.embed_tokens.weight
+    assert model.language_model.lm_head.weight is table
+    copied = PaliGemmaForConditionalGeneration(model.config)
+    head = torch.nn.Parameter(torch.zeros_like(table))
+    copied.language_model.lm_head.weight = head
+    copied.tie_weights()
+    decoder = copied.language_model
+    assert decoder.lm_head.weight is decoder.model.embed_tokens.weight
+
+
+def test_the_real_model_has_its_parameters():
+    with torch.device("meta"):
+        model = PaliGemmaForConditionalGeneration(PaliGemmaConfig())
+    parts = [model.vision_tower, model.multi_modal_projector, model.language_model]
+    counts = [sum(p.numel() for p in part.parameters()) for part in parts]
+    assert counts == [412_442_352, 2_361_344, 2_508_662_784]
+
+
+@torch.no_grad()
+def test_the_loop_that_every_program_runs(tokenizer):
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    config = tiny_config(text=dict(vocab_size=1600), image_token_index=image_id)
+    model, _ = pair(config)
+    looks = count_looks(model)
+    processor = PaliGemmaProcessor(
+        tokenizer=tokenizer,
+        num_image_tokens=model.config.vision_config.num_image_tokens,
+        image_size=model.config.vision_config.image_size,
+    )
+    model_inputs = processor(
+        text=["caption en"], images=[Image.new("RGB", (40, 30), "orange")]
+    )
+    kv_cache = KVCache()
+    outputs = model(
+        input_ids=model_inputs["input_ids"],
+        pixel_values=model_inputs["pixel_values"],
+        attention_mask=model_inputs["attention_mask"],
+        kv_cache=kv_cache,
+    )
+    next_token = outputs["logits"][:, -1, :].argmax(-1, keepdim=True)
+    ids, mask = model_inputs["input_ids"], model_inputs["attention_mask"]
+    for _ in range(4):
+        ids = torch.cat([ids, next_token], dim=1)
+        mask = torch.cat([mask, torch.ones_like(next_token)], dim=1)
+        outputs = model(
+            input_ids=next_token,
+            pixel_values=model_inputs["pixel_values"],
+            attention_mask=mask,
+            kv_cache=kv_cache,
+        )
+        types = torch.zeros_like(ids)
+        types[:, model_inputs["input_ids"].shape[1] :] = 1
+        at_once = model(ids, model_inputs["pixel_values"], token_type_ids=types)
+        close(outputs["logits"][:, -1], at_once["logits"][:, -1])
+        next_token = outputs["logits"][:, -1, :].argmax(-1, keepdim=True)
+    assert len(looks) == 1 + 4  # once in the loop, four times to check it
+
+
+# --- The loss -------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_mean_over_what_is_to_be_learned():
+    logits = torch.randn(2, 5, 7)
+    labels = torch.tensor([[-100, 3, -100, 6, 0], [2, -100, -100, -100, 1]])
+    places = [(0, 0, 3), (0, 2, 6), (0, 3, 0), (1, 3, 1)]
+    expected = -sum(F.log_softmax(logits[b, t], -1)[w] for b, t, w in places) / 4
+    torch.testing.assert_close(next_token_loss(logits, labels), expected)
+    assert next_token_loss(logits.bfloat16(), labels).dtype == torch.float32
+
+
+# --- Errors ---------------------------------------------------------------------------
+
+
+def test_labels_without_types_are_an_error(model):
+    inputs = random_inputs(model.config, (5,), (3,))
+    with pytest.raises(ValueError, match="labels need token_type_ids"):
+        model(**without(inputs, "token_type_ids"))
+
+
+def test_image_tokens_without_a_picture_are_an_error(model):
+    inputs = random_inputs(model.config)
+    with pytest.raises(ValueError, match="pass pixel_values too"):
+        model(inputs["input_ids"])
+
+
+def test_a_picture_without_its_seats_is_an_error(model):
+    inputs = random_inputs(model.config)
+    with pytest.raises(ValueError, match=r"rows with \[3\] image tokens"):
+        model(inputs["input_ids"][:, 1:], inputs["pixel_values"])
+
+
+@pytest.mark.parametrize("pictures", [2, 4])
+def test_pictures_that_do_not_come_out_even_are_an_error(model, pictures):
+    inputs = random_inputs(model.config, (5, 3, 4))
+    pixel_values = torch.zeros(pictures, 3, 28, 28)
+    with pytest.raises(ValueError, match=f"{pictures} pictures can't serve 3 rows"):
+        model(inputs["input_ids"], pixel_values)
+
+
+@pytest.mark.parametrize("name", ["attention_mask", "token_type_ids"])
+def test_masks_and_types_of_another_shape_are_errors(model, name):
+    inputs = random_inputs(model.config, (5, 5))
+    for wrong in (inputs[name][:, 1:], inputs[name][:1]):
+        with pytest.raises(ValueError, match=rf"{name} is \[.*expected \[2, 9\]: 0 "):
+            model(**(inputs | {name: wrong}))
+
+
+@torch.no_grad()
+def test_a_mask_that_did_not_grow_is_an_error(model):
+    inputs = random_inputs(model.config, (5, 5))
+    cache = KVCache()
+    model(**inputs, kv_cache=cache)
+    token = inputs["input_ids"][:, -1:]
+    with pytest.raises(ValueError, match="expected .2, 10.: 9 tokens in the cache"):
+        model(token, attention_mask=inputs["attention_mask"], kv_cache=cache)
+
+
+def test_more_tokens_than_positions_are_an_error():
+    config = tiny_config(text=dict(max_position_embeddings=8))
+    model = PaliGemmaForConditionalGeneration(config)
+    inputs = random_inputs(config, (5,))
+    with pytest.raises(ValueError, match="9 tokens, but .* 8 positions"):
+        model(**inputs)

@@ -1,0 +1,156 @@
+"""Eyes, bridge and voice in one model.
+
+Built in notebooks/12_paligemma.ipynb: edit it there, then run `make export`.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import PaliGemmaConfig
+from .gemma import build_language_model, positions_from_mask
+from .kv_cache import KVCache, StaticKVCache
+from .merging import merge_image_features, prefix_lm_mask, share_pictures
+from .projector import PaliGemmaMultiModalProjector
+from .siglip import SiglipVisionModel
+
+__all__ = ["next_token_loss", "place_tokens", "PaliGemmaForConditionalGeneration"]
+
+
+def next_token_loss(
+    logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of each next token, in float32; labels of -100 don't count."""
+    logits = logits[:, :-1].flatten(0, 1).float()  # [B * (T-1), V]
+    targets = labels[:, 1:].flatten()  # position t predicts the token at t + 1
+    return F.cross_entropy(logits, targets, ignore_index=-100)
+
+
+def place_tokens(
+    input_ids: Int[Tensor, "B T"],
+    past: int = 0,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+) -> tuple[Bool[Tensor, "B 1 T M"], Int[Tensor, "B T"] | None]:
+    """Who sees whom, and where each of T new tokens stands, with `past` cached ones.
+
+    - `attention_mask` [B, M] of 1 and 0, M = past + T (None: all ones); or a mask
+      [B, 1, T, M], which is returned as it is, without positions.
+    - `token_type_ids` [B, M]; None: all prefix, but what follows a filled cache is
+      suffix.
+
+    Raises ValueError where either has another shape.
+    """
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return attention_mask, None
+    batch, num_new = input_ids.shape
+    if attention_mask is None:
+        attention_mask = input_ids.new_ones(batch, past + num_new)
+    if token_type_ids is None:
+        token_type_ids = input_ids.new_zeros(batch, past + num_new)
+        token_type_ids[:, past:] = int(past > 0)
+    for name, given in (
+        ("attention_mask", attention_mask),
+        ("token_type_ids", token_type_ids),
+    ):
+        if given.shape != (batch, past + num_new):
+            raise ValueError(
+                f"{name} is {list(given.shape)}, expected {[batch, past + num_new]}: "
+                f"{past} tokens in the cache and {num_new} new ones"
+            )
+    mask = prefix_lm_mask(attention_mask.long(), token_type_ids, num_new)
+    return mask, positions_from_mask(attention_mask.long(), num_new)
+
+
+class PaliGemmaForConditionalGeneration(nn.Module):
+    """PaliGemma (Beyer et al. 2024); its parts are named as in the hub's files."""
+
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        self.config = config
+        self.vision_tower = SiglipVisionModel(config.vision_config)
+        self.multi_modal_projector = PaliGemmaMultiModalProjector(config)
+        self.language_model = build_language_model(config.text_config)
+
+    def tie_weights(self) -> None:
+        """Make the output head and the embedding one matrix (again, after loading)."""
+        self.language_model.tie_weights()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.multi_modal_projector.linear.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the weights."""
+        return self.multi_modal_projector.linear.weight.dtype
+
+    def encode_images(
+        self, pixel_values: Float[Tensor, "B C S S"]
+    ) -> Float[Tensor, "B N D"]:
+        """Pictures → soft tokens, not scaled: only text embeddings are."""
+        return self.multi_modal_projector(self.vision_tower(pixel_values))
+
+    def embed_inputs(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        pixel_values: Float[Tensor, "pictures C S S"] | None,
+    ) -> Float[Tensor, "B T D"]:
+        """Token embeddings, with the pictures' features at the image tokens."""
+        image_mask = input_ids == self.config.image_token_index  # [B, T]
+        # The image token's id may lie outside the table, and its row is never used.
+        token_ids = input_ids.masked_fill(image_mask, self.config.pad_token_id)
+        inputs_embeds = self.language_model.model.embed(token_ids)  # [B, T, D]
+        if pixel_values is not None:
+            features = self.encode_images(pixel_values)  # [pictures, N, D]
+            features = share_pictures(features, len(input_ids))  # [B, N, D]
+            return merge_image_features(inputs_embeds, features, image_mask)
+        if image_mask.any():
+            raise ValueError("input_ids hold image tokens: pass pixel_values too")
+        return inputs_embeds
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        pixel_values: Float[Tensor, "pictures C S S"] | None = None,
+        attention_mask: Tensor | None = None,
+        kv_cache: KVCache | StaticKVCache | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Int[Tensor, "B T"] | None = None,
+        position_ids: Int[Tensor, "B T"] | None = None,
+        logits_to_keep: int = 0,
+        output_attentions: bool = False,
+    ) -> dict[str, Any]:
+        """One pass: prefill, training, or a decode step with a filled cache.
+
+        - `pixel_values` in [-1, 1]; a picture a row, or fewer, each for as many
+          consecutive rows. With a filled cache they aren't looked at again.
+        - `attention_mask` [B, M] of 1 and 0, M cached and new tokens; or a bool mask
+          [B, 1, T, M]. `token_type_ids` [B, M]: 0 image and prompt, 1 answer.
+        - `labels`: ids to learn, or -100. `logits_to_keep`: the last n places, 0 all.
+
+        Returns `logits` [B, T, V], `kv_cache`, `loss` given labels, `attentions` (each
+        layer's [B, H, T, M]) if asked. Raises ValueError where shapes disagree.
+        """
+        if labels is not None and token_type_ids is None:
+            raise ValueError(
+                "labels need token_type_ids too, or the answer sees its own future"
+            )
+        past = kv_cache.num_items() if kv_cache is not None else 0
+        mask, places = place_tokens(input_ids, past, attention_mask, token_type_ids)
+        outputs = self.language_model(
+            inputs_embeds=self.embed_inputs(input_ids, None if past else pixel_values),
+            attention_mask=mask,  # [B, 1, T, M]
+            kv_cache=kv_cache,
+            position_ids=places if position_ids is None else position_ids,
+            logits_to_keep=logits_to_keep,
+            output_attentions=output_attentions,
+        )
+        if labels is not None:
+            labels = labels[:, -logits_to_keep:]  # -0 keeps all of them
+            outputs["loss"] = next_token_loss(outputs["logits"], labels)
+        return outputs
