@@ -1,41 +1,52 @@
-"""Forget the book's cached outputs when what the notebooks import has changed.
+"""Forget the book's cached pages when what they depend on has changed.
 
 The book executes a notebook again only when the notebook's own code changes. Its output
 depends on the package and the plot style too, so a different hash of those clears the
-cache. Called by `make book`.
+cache of outputs. A change of the book's extension only clears the parsed pages. Called
+by `make book`.
 """
 
 import hashlib
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
-STAMP = BUILD / "vlm.sha256"
+OUTPUTS_DEPEND_ON = ("vlm", "constraints.txt", "notebooks/matplotlibrc")
+PAGES_DEPEND_ON = ("book/extension",)
 
 
-def digest() -> str:
-    """One hash over every file that a notebook's output may depend on."""
-    files = [p for p in (ROOT / "vlm").rglob("*") if p.is_file() and p.suffix != ".pyc"]
-    files += [ROOT / "constraints.txt", ROOT / "notebooks" / "matplotlibrc"]
+def digest(names: Iterable[str]) -> str:
+    """One hash over files, and over all files in folders."""
     total = hashlib.sha256()
-    for path in sorted(files):
-        total.update(path.relative_to(ROOT).as_posix().encode() + b"\0")
-        total.update(hashlib.sha256(path.read_bytes()).digest())
+    for path in (ROOT / name for name in names):
+        found = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in found:
+            if file.is_file() and "__pycache__" not in file.parts:
+                total.update(file.relative_to(ROOT).as_posix().encode() + b"\0")
+                total.update(hashlib.sha256(file.read_bytes()).digest())
     return total.hexdigest()
 
 
+def has_changed(stamp: str, names: Iterable[str]) -> bool:
+    """Compare with the hash of the last time, and write down the new one."""
+    path = BUILD / stamp
+    before = path.read_text() if path.exists() else ""
+    now = digest(names)
+    path.write_text(now)
+    return now != before
+
+
 def main() -> None:
-    now = digest()
-    before = STAMP.read_text() if STAMP.exists() else ""
-    cache = BUILD / ".jupyter_cache"
-    if now != before and cache.exists():
-        print("vlm/ has changed: every notebook runs again")
-        shutil.rmtree(cache)
-        # Sphinx would skip pages whose own source is as it was.
-        shutil.rmtree(BUILD / ".doctrees", ignore_errors=True)
     BUILD.mkdir(exist_ok=True)
-    STAMP.write_text(now)
+    outputs = has_changed("outputs.sha256", OUTPUTS_DEPEND_ON)
+    pages = has_changed("pages.sha256", PAGES_DEPEND_ON)
+    if outputs and (BUILD / ".jupyter_cache").exists():
+        print("vlm/ has changed: every notebook runs again")
+        shutil.rmtree(BUILD / ".jupyter_cache")
+    if outputs or pages:
+        shutil.rmtree(BUILD / ".doctrees", ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -141,16 +141,16 @@ def fill_api_page(app: Sphinx, docname: str, source: list[str]) -> None:
         return
     sections = [source[0]]
     for stem, name, title in exported_modules():
+        app.env.note_dependency(str(ROOT / "notebooks" / f"{stem}.ipynb"))
         sections.append(
             f"(api-{name})=\n## vlm.{name}\n\n"
             f"Chapter {int(stem[:2])}, [{title}](../notebooks/{stem}.ipynb).\n\n"
-            f"```{{eval-rst}}\n.. automodule:: vlm.{name}\n   :members:\n"
-            "   :show-inheritance:\n```\n"
+            f"```{{eval-rst}}\n.. automodule:: vlm.{name}\n   :members:\n```\n"
         )
     source[0] = "\n".join(sections)
 
 
-def short_docstring(app, what, name, obj, options, lines) -> None:
+def tidy_docstring(app, what, name, obj, options, lines) -> None:
     """The API page says where a module is built; its docstring needn't say so again."""
     if what == "module":
         lines[:] = [
@@ -161,7 +161,9 @@ def short_docstring(app, what, name, obj, options, lines) -> None:
 def plain_signature(app, what, name, obj, options, signature, returns):
     """Leave only the names in signatures: `jaxtyping.Float[Tensor, "B T"]` is long."""
     clean = [
-        re.sub(r"\b(?:jaxtyping|torch|pathlib|collections\.abc)\.", "", part or "")
+        re.sub(
+            r"\b(?:jaxtyping|torch|pathlib|collections\.abc)\.", "", part or ""
+        ).replace("<factory>", "...")  # what isn't Python can't be parsed and linked
         for part in (signature, returns)
     ]
     return clean[0] or None, clean[1] or None
@@ -202,7 +204,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("config-inited", add_files, priority=100)
     app.connect("source-read", fill_api_page)
     app.connect("doctree-read", drop_icon_font)
-    app.connect("autodoc-process-docstring", short_docstring)
+    app.connect("autodoc-process-docstring", tidy_docstring)
     app.connect("autodoc-process-signature", plain_signature)
     app.add_transform(ReadableCells)
     app.add_transform(ChapterNumber)

@@ -1,0 +1,66 @@
+"""The embedded checkpoint: small, complete, honest, transformers' as much as ours."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from vlm.processing import PaliGemmaProcessor
+from vlm.sampling import generate
+from vlm.scenes import HELD_OUT_SEEDS, make_scene
+from vlm.weights import EMBEDDED, load_hf_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import evaluate
+
+
+def test_fits_and_is_complete():
+    files = {path.name: path.stat().st_size for path in EMBEDDED.iterdir()}
+    assert sum(files.values()) <= 15 * 2**20
+    assert set(files) == {
+        "README.md",
+        "config.json",
+        "evaluation.json",
+        "generation_config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "training_log.jsonl",
+    }
+
+
+def test_card_shows_the_evaluation_of_all_held_out_scenes():
+    numbers = json.loads((EMBEDDED / "evaluation.json").read_text(encoding="utf-8"))
+    assert {column["scenes"] for column in numbers.values()} == {len(HELD_OUT_SEEDS)}
+    card = (EMBEDDED / "README.md").read_text(encoding="utf-8")
+    assert evaluate.table(numbers) in card
+
+
+@pytest.mark.parametrize("prompt", ["caption en", "detect owl ; star", "detect car"])
+def test_transformers_loads_it_unchanged_and_writes_the_same(prompt):
+    model, tokenizer = load_hf_model(device="cpu")
+    load = transformers.PaliGemmaForConditionalGeneration.from_pretrained
+    theirs, info = load(EMBEDDED, output_loading_info=True)
+    assert not any(info.values()), info
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(EMBEDDED)
+    vision = model.config.vision_config
+    processor = PaliGemmaProcessor(
+        their_tokenizer, vision.num_image_tokens, vision.image_size
+    )
+    for seed in HELD_OUT_SEEDS[:4]:
+        inputs = processor([prompt], [make_scene(seed, vision.image_size).image])
+        written = theirs.eval().generate(
+            **inputs,
+            token_type_ids=torch.zeros_like(inputs["input_ids"]),
+            max_new_tokens=40,
+            do_sample=False,
+        )
+        text = their_tokenizer.decode(
+            written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        assert generate(model, tokenizer, inputs, max_new_tokens=40) == [text]

@@ -1,0 +1,213 @@
+"""The rules of the house: what is where, what may import what, what ships."""
+
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+MODULES = sorted(p for p in (ROOT / "vlm").glob("*.py") if p.stem != "__init__")
+CHAPTER = {path.stem[3:]: int(path.stem[:2]) for path in NOTEBOOKS}
+EXPORT_NOTHING = {"start_here", "debugging"}
+
+
+def stem(path: Path) -> str:
+    return path.stem
+
+
+def cells(path: Path) -> list[dict]:
+    return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def run(*command: str, **kwargs) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, **kwargs
+    )
+
+
+@pytest.mark.parametrize("tool", ["export", "clean_notebooks"])
+def test_notebooks_and_modules_are_in_step(tool):
+    done = run(f"tools/{tool}.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+# Notebooks and modules
+
+
+@pytest.mark.parametrize("path", MODULES, ids=stem)
+def test_a_module_has_the_name_of_its_notebook_and_says_so(path):
+    assert path.stem in CHAPTER, f"no notebook is called NN_{path.stem}.ipynb"
+    name = f"notebooks/{CHAPTER[path.stem]:02d}_{path.stem}.ipynb"
+    assert name in ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
+def test_a_chapter_builds_its_module(path):
+    assert re.fullmatch(r"\d\d_[a-z0-9_]+", path.stem)
+    topic = path.stem[3:]
+    built = (ROOT / "vlm" / f"{topic}.py").exists()
+    assert built != (topic in EXPORT_NOTHING)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
+def test_a_chapter_begins_with_title_and_promise(path):
+    title = "".join(cells(path)[0]["source"])
+    assert re.match(r"# \S", title), "the first cell begins with the title, `# …`"
+    assert len(re.findall(r"^> ", title, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
+def test_plots_can_be_read_without_being_seen(path):
+    for cell in cells(path):
+        if cell["cell_type"] == "code" and "plt.show()" in "".join(cell["source"]):
+            image = cell["metadata"].get("mystnb", {}).get("image", {})
+            assert image.get("alt"), (
+                f"cell {cell['id']} draws a plot without alt text: put it into the "
+                'cell\'s metadata, {"mystnb": {"image": {"alt": "…"}}}'
+            )
+
+
+def test_every_notebook_is_in_the_table_of_contents_once_and_in_order():
+    toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
+    listed = [c["file"] for part in toc["parts"] for c in part["chapters"]]
+    chapters = [name for name in listed if name.startswith("notebooks/")]
+    assert chapters == [f"notebooks/{path.stem}" for path in NOTEBOOKS]
+    pages = [toc["root"], *(name for name in listed if name not in chapters)]
+    for page in pages:
+        assert (ROOT / f"{page}.md").exists(), page
+
+
+# Imports run one way
+
+
+def imported(node: ast.Import | ast.ImportFrom) -> list[str]:
+    """The modules of this package that a statement imports."""
+    if isinstance(node, ast.Import):
+        names = [alias.name for alias in node.names]
+        return [name[4:] for name in names if name.startswith("vlm.")]
+    if node.level:
+        return [node.module] if node.module else [alias.name for alias in node.names]
+    return [node.module[4:]] if (node.module or "").startswith("vlm.") else []
+
+
+def imports(path: Path):
+    """Each import of a module: (enclosing function or "", the module it imports)."""
+
+    def visit(node: ast.AST, inside: str):
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield from ((inside, name) for name in imported(child))
+            elif isinstance(child, ast.FunctionDef):
+                yield from visit(child, inside or child.name)
+            elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
+                continue
+            else:
+                yield from visit(child, inside)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), "")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=stem)
+def test_a_module_imports_only_earlier_chapters(path):
+    for function, name in imports(path):
+        if function == "main" or (path.stem, function, name) == (
+            "gemma",
+            "build_language_model",
+            "gemma2",
+        ):
+            continue
+        assert name in CHAPTER, f"{path.name} imports {name}, which no chapter builds"
+        assert CHAPTER[name] < CHAPTER[path.stem], (
+            f"{path.name} (chapter {CHAPTER[path.stem]}) imports {name} "
+            f"(chapter {CHAPTER[name]}): imports run in the order of the chapters"
+        )
+
+
+def test_importing_the_package_is_quick():
+    code = "import sys, vlm; sys.exit('torch' in sys.modules)"
+    assert run("-c", code).returncode == 0, "`import vlm` brought torch along"
+
+
+# The project's files
+
+
+def test_constraints_are_exact_and_nothing_else():
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        assert re.fullmatch(r"[a-z0-9][a-z0-9-]*==[0-9][0-9a-z.]*", line), line
+    names = [line.partition("==")[0] for line in lines]
+    assert names == sorted(set(names))
+
+
+def test_constraints_hold_every_dependency():
+    text = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    pinned = {line.partition("==")[0] for line in text.splitlines()}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    needed = [*project["dependencies"], *extras["lab"], *extras["book"], *extras["dev"]]
+    names = {
+        re.match(r"[A-Za-z0-9_.-]+", one)[0].lower().replace("_", "-") for one in needed
+    }
+    assert names <= pinned
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make isn't installed")
+def test_make_help_has_a_line_for_every_target():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)[1].split()
+    shown = subprocess.run(
+        ["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    for target in phony:
+        assert re.search(rf"^\s+make {target} +\S", shown, re.MULTILINE), target
+
+
+# The wheel
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """A wheel, built from a copy so that nothing is left in the tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    skip = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "vlm", folder / "vlm", ignore=skip)
+    options = "--quiet --no-deps --no-build-isolation --no-index".split()
+    done = run("-m", "pip", "wheel", *options, "--wheel-dir", str(folder), str(folder))
+    assert done.returncode == 0, done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_the_wheel_carries_every_file_of_the_package(wheel):
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    files = [path for path in (ROOT / "vlm").rglob("*") if path.is_file()]
+    for path in files:
+        if "__pycache__" not in path.parts:
+            assert path.relative_to(ROOT).as_posix() in packed
+
+
+def test_the_wheel_works_away_from_the_repository(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    picture = tmp_path / "scene.png"
+    shutil.copy(ROOT / "vlm" / "assets" / "examples" / "scene.png", picture)
+    command = ["-m", "vlm.inference", "--prompt", "caption en"]
+    done = subprocess.run(
+        [sys.executable, *command, "--image_file_path", str(picture), "--only_cpu"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()

@@ -1,0 +1,446 @@
+import copy
+from dataclasses import fields
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import pair, random_inputs, tiny_config
+
+from vlm.kv_cache import KVCache
+from vlm.sampling import (
+    GenerationSettings,
+    TextDecoder,
+    apply_temperature,
+    generate,
+    generate_tokens,
+    keep_top_k,
+    keep_top_p,
+    prefill,
+    sample_next_token,
+    stream,
+)
+
+CONFIGS = {
+    "mqa": dict(),
+    "gqa": dict(text=dict(num_key_value_heads=2), vision=dict(image_size=42)),
+    "one-image-token": dict(vision=dict(image_size=14), text=dict(head_dim=20)),
+}
+
+
+class Letters:
+    """A tokenizer of one character a token: id i is chr(200 + i)."""
+
+    eos_token_id = -1  # nothing ends by chance
+    all_special_ids = (0,)
+
+    def convert_tokens_to_ids(self, token):
+        assert token == "<image>"
+        return 120
+
+    def decode(self, ids, clean_up_tokenization_spaces):
+        return "".join(chr(200 + i) for i in ids)
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def models(request):
+    torch.manual_seed(0)
+    return pair(tiny_config(**CONFIGS[request.param]))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return pair()[0]
+
+
+def prompts(model, lengths=(5, 1, 3), padding="left"):
+    """Random rows without types, as the processor gives them to generate."""
+    torch.manual_seed(1)
+    inputs = random_inputs(model.config, lengths, padding=padding)
+    del inputs["token_type_ids"]
+    return inputs
+
+
+def one_row(inputs, i):
+    """Row i alone, without its padding."""
+    real = inputs["attention_mask"][i].bool()
+    alone = {
+        name: inputs[name][i : i + 1, real] for name in inputs if "pix" not in name
+    }
+    return alone | {"pixel_values": inputs["pixel_values"][i : i + 1]}
+
+
+def ids_of(rows):
+    return [row.token_ids for row in rows]
+
+
+# --- One step -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 8.0])
+@pytest.mark.parametrize("value", [0.05, 0.3, 0.7, 0.9, 0.99])
+def test_top_p_is_transformers(spread, value):
+    logits = torch.randn(50, 300) * spread
+    expected = transformers.TopPLogitsWarper(value)(None, logits)
+    torch.testing.assert_close(keep_top_p(logits, value), expected)
+
+
+@pytest.mark.parametrize("value", [1, 2, 50, 300, 1000])
+def test_top_k_is_transformers(value):
+    logits = torch.randn(20, 300).round(decimals=1)  # with ties
+    expected = transformers.TopKLogitsWarper(value)(None, logits)
+    torch.testing.assert_close(keep_top_k(logits, value), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 3.0])
+def test_temperature_is_transformers(temperature):
+    logits = torch.randn(20, 300) * 4
+    expected = transformers.TemperatureLogitsWarper(temperature)(None, logits)
+    ours = apply_temperature(logits, temperature)
+    torch.testing.assert_close(ours.softmax(-1), expected.softmax(-1))
+
+
+def test_the_order_is_temperature_then_k_then_p():
+    logits = torch.randn(200, 100) * 3
+    chain = transformers.LogitsProcessorList(
+        [
+            transformers.TemperatureLogitsWarper(0.6),
+            transformers.TopKLogitsWarper(12),
+            transformers.TopPLogitsWarper(0.8),
+        ]
+    )
+    expected = chain(None, logits).softmax(-1)
+    ids, chances = sample_next_token(logits, True, 0.6, 12, 0.8)
+    torch.testing.assert_close(chances, expected.gather(1, ids[:, None])[:, 0])
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.4, 0.6, 0.75, 0.8, 0.95])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p):
+    probabilities = torch.tensor([[0.125, 0.5, 0.125, 0.25], [0.97, 0.01, 0.01, 0.01]])
+    kept = keep_top_p(probabilities.log(), top_p).isfinite()
+    for row, stays in zip(probabilities, kept):
+        mass = row[stays]
+        assert mass.sum() >= top_p - 1e-6
+        assert mass.sum() - mass.min() < top_p  # without its least, it falls short
+
+
+def test_top_p_of_one_keeps_the_whole_tail():
+    logits = torch.randn(100, 5000) * 10
+    assert keep_top_p(logits, 1.0).isfinite().all()
+
+
+def test_greedy_and_temperature_zero():
+    logits = torch.randn(30, 40)
+    for choice in (
+        sample_next_token(logits),
+        sample_next_token(logits, temperature=3.0, top_k=2),
+        sample_next_token(logits, do_sample=True, temperature=0),
+        sample_next_token(logits, do_sample=True, temperature=1e-35),
+        sample_next_token(logits, do_sample=True, top_k=1),
+        sample_next_token(logits, do_sample=True, top_p=1e-6),
+    ):
+        assert torch.equal(choice[0], logits.argmax(-1))
+    chances = sample_next_token(logits)[1]
+    torch.testing.assert_close(chances, logits.softmax(-1).amax(-1))
+
+
+def test_draws_follow_the_distribution():
+    probabilities = torch.tensor([0.1, 0.6, 0.3])
+    ids, _ = sample_next_token(probabilities.log().expand(50_000, -1), do_sample=True)
+    shares = ids.bincount() / len(ids)
+    torch.testing.assert_close(shares, probabilities, atol=0.01, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
+        (dict(temperature=-0.1), r"temperature=-0.1 must be 0 \(greedy\) or positive"),
+        (dict(temperature=float("nan")), "temperature=nan must be"),
+        (dict(temperature=float("inf")), "temperature=inf must be"),
+        (dict(top_k=0), "top_k=0 must be at least 1, or None"),
+        (dict(top_p=0.0), r"top_p=0.0 must be in \(0, 1\], or None"),
+        (dict(top_p=1.1), r"top_p=1.1 must be in \(0, 1\], or None"),
+        (dict(cache="huge"), "cache='huge' must be 'dynamic' or 'static'"),
+        (dict(stop=""), "a stop string must not be empty"),
+        (dict(stop=["a", ""]), "a stop string must not be empty"),
+    ],
+)
+def test_bad_settings(model, values, message):
+    with pytest.raises(ValueError, match=message):
+        GenerationSettings(**values)
+    with pytest.raises(ValueError, match=message):
+        generate(model, Letters(), prompts(model), **values)
+
+
+def test_settings_at_the_edge_of_their_range():
+    GenerationSettings(1, True, 0, 1, 1.0, [], 0, "static")
+    assert {f.name for f in fields(GenerationSettings)} == {
+        *("max_new_tokens", "do_sample", "temperature", "top_k", "top_p"),
+        *("stop", "seed", "cache"),
+    }
+
+
+# --- The loop -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_greedy_is_transformers_token_for_token(models, cache):
+    ours, theirs = models
+    inputs = prompts(ours)
+    theirs.generation_config.eos_token_id = None
+    types = torch.zeros_like(inputs["input_ids"])
+    expected = theirs.generate(
+        **inputs,
+        token_type_ids=types,
+        max_new_tokens=12,
+        do_sample=False,
+        suppress_tokens=[120],  # <image>, which ours never writes
+    )[:, -12:]
+    rows = generate_tokens(ours, Letters(), inputs, max_new_tokens=12, cache=cache)
+    assert ids_of(rows) == expected.tolist()
+    assert len({i for row in rows for i in row.token_ids}) > 6  # no dull constant
+
+
+def test_each_row_ends_at_eos_as_in_transformers(models):
+    ours, theirs = models
+    inputs, tokenizer = prompts(ours), Letters()
+    free = ids_of(generate_tokens(ours, tokenizer, inputs, max_new_tokens=10))
+    tokenizer.eos_token_id = free[0][3]
+    tokenizer.all_special_ids = (0, free[0][3])
+    theirs.generation_config.eos_token_id = tokenizer.eos_token_id
+    types = torch.zeros_like(inputs["input_ids"])
+    expected = theirs.generate(
+        **inputs,
+        token_type_ids=types,
+        max_new_tokens=10,
+        do_sample=False,
+        pad_token_id=0,
+        suppress_tokens=[120],
+    )[:, inputs["input_ids"].shape[1] :]
+    rows = generate_tokens(ours, tokenizer, inputs, max_new_tokens=10)
+    for row, wanted, all_ids in zip(rows, expected.tolist(), free):
+        assert row.token_ids == wanted[: len(row.token_ids)]
+        assert row.token_ids == all_ids[: len(row.token_ids)]  # others go on unmoved
+        ended = row.token_ids[-1] == tokenizer.eos_token_id
+        assert ended or len(row.token_ids) == 10
+        assert chr(200 + tokenizer.eos_token_id) not in row.text
+    assert len(rows[0].token_ids) <= 4
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_batch_writes_what_its_rows_write_alone(model, padding, cache):
+    inputs = prompts(model, (2, 7, 4), padding)
+    rows = generate_tokens(model, Letters(), inputs, max_new_tokens=9, cache=cache)
+    alone = [
+        generate_tokens(model, Letters(), one_row(inputs, i), max_new_tokens=9)[0]
+        for i in range(3)
+    ]
+    assert ids_of(rows) == ids_of(alone)
+    for row, single in zip(rows, alone):
+        close = dict(atol=1e-5, rtol=0)
+        assert row.text == single.text
+        torch.testing.assert_close(row.probabilities, single.probabilities, **close)
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@torch.no_grad()
+def test_prefill_takes_the_last_real_token(model, padding):
+    inputs = prompts(model, (2, 7, 4), padding)
+    asked = []
+    hook = model.language_model.lm_head.register_forward_hook(
+        lambda _, args, out: asked.append(out.shape[1])
+    )
+    logits = prefill(model, inputs, KVCache())
+    hook.remove()
+    assert asked == [1 if padding == "left" else 6]  # from the shortest row's end on
+    for i in range(3):
+        expected = model(**one_row(inputs, i))["logits"][0, -1]
+        torch.testing.assert_close(logits[i], expected, atol=1e-5, rtol=0)
+
+
+def test_one_look_and_one_token_a_step(model):
+    looks, widths = [], []
+    hooks = [
+        model.vision_tower.register_forward_hook(lambda *_: looks.append(1)),
+        model.language_model.model.layers[0].register_forward_hook(
+            lambda _, args, out: widths.append(args[0].shape[1])
+        ),
+    ]
+    inputs = prompts(model)
+    generate(model, Letters(), inputs, max_new_tokens=6)
+    for hook in hooks:
+        hook.remove()
+    assert looks == [1]
+    assert widths == [inputs["input_ids"].shape[1], 1, 1, 1, 1, 1]
+
+
+@torch.no_grad()
+def test_probabilities_are_the_models(model):
+    inputs = one_row(prompts(model), 0)
+    row = generate_tokens(model, Letters(), inputs, max_new_tokens=6)[0]
+    written = torch.tensor([row.token_ids])
+    whole = {
+        "input_ids": torch.cat([inputs["input_ids"], written], dim=1),
+        "pixel_values": inputs["pixel_values"],
+        "token_type_ids": torch.cat(
+            [torch.zeros_like(inputs["input_ids"]), torch.ones_like(written)], dim=1
+        ),
+    }
+    logits = model(**whole)["logits"][0, -7:-1]
+    logits[:, 120] = float("-inf")  # <image> is never written
+    expected = logits.softmax(-1).gather(1, written[0, :, None])[:, 0]
+    chances = torch.tensor(row.probabilities)
+    torch.testing.assert_close(chances, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("image_id", [120, 128])  # in the table, or behind its end
+def test_an_answer_holds_no_picture(image_id):
+    torch.manual_seed(0)
+    model = pair(tiny_config(image_token_index=image_id))[0]
+    head = model.language_model.lm_head
+    hook = head.register_forward_hook(
+        lambda _, args, out: out.index_fill(-1, torch.tensor([120]), 1e4)
+    )
+    rows = generate_tokens(model, Letters(), prompts(model), max_new_tokens=3)
+    hook.remove()
+    assert all((120 in row.token_ids) == (image_id == 128) for row in rows)
+
+
+def test_seeds(model):
+    inputs = prompts(model)
+    drawn = dict(do_sample=True, max_new_tokens=8, temperature=2.0)
+    state = torch.get_rng_state()
+    first = generate(model, Letters(), inputs, seed=3, **drawn)
+    assert torch.equal(state, torch.get_rng_state())  # the global generator rests
+    assert generate(model, Letters(), inputs, seed=3, **drawn) == first
+    assert generate(model, Letters(), inputs, seed=3, cache="static", **drawn) == first
+    assert generate(model, Letters(), inputs, seed=4, **drawn) != first
+    torch.manual_seed(0)
+    unseeded = [generate(model, Letters(), inputs, **drawn) for _ in range(2)]
+    assert unseeded[0] != unseeded[1]
+
+
+def test_stop_strings_and_functions(model):
+    inputs = prompts(model)
+    passes = []
+    hook = model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    free = generate_tokens(model, Letters(), inputs, max_new_tokens=12)
+    ending = free[0].text[2:4]  # two tokens
+    for stop in (ending, [ending, "never"]):
+        rows = generate_tokens(model, Letters(), inputs, max_new_tokens=12, stop=stop)
+        assert rows[0].text == free[0].text[: free[0].text.index(ending) + 2]
+    passes.clear()
+    rows = generate_tokens(model, Letters(), inputs, stop=lambda ids: len(ids) == 3)
+    hook.remove()
+    assert ids_of(rows) == [row.token_ids[:3] for row in free]
+    assert len(passes) == 3  # nobody computes on when all rows have ended
+
+
+def test_stream_is_generate_in_pieces(model):
+    inputs = one_row(prompts(model), 0)
+    drawn = dict(do_sample=True, seed=0, max_new_tokens=9, temperature=3.0)
+    pieces = list(stream(model, Letters(), inputs, **drawn))
+    assert "".join(pieces) == generate(model, Letters(), inputs, **drawn)[0]
+    assert len(pieces) > 5 and all(pieces)
+    passes = []
+    hook = model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    next(stream(model, Letters(), inputs, max_new_tokens=50))
+    hook.remove()
+    assert len(passes) == 1  # the first piece doesn't wait for the second token
+
+
+def test_stream_complains_at_once(model):
+    with pytest.raises(ValueError, match="stream takes one row, not 3: use generate"):
+        stream(model, Letters(), prompts(model))
+    with pytest.raises(ValueError, match="top_k=0"):
+        stream(model, Letters(), one_row(prompts(model), 0), top_k=0)
+    with pytest.raises(ValueError, match="positions"):
+        stream(model, Letters(), one_row(prompts(model), 0), max_new_tokens=1000)
+
+
+@pytest.mark.parametrize("extra", ["labels", "token_type_ids"])
+def test_inputs_to_train_on_are_refused(model, extra):
+    inputs = prompts(model) | {extra: torch.zeros(3, 9, dtype=torch.long)}
+    with pytest.raises(ValueError, match="made with a suffix, to train on"):
+        generate(model, Letters(), inputs)
+
+
+def test_inputs_without_a_mask_are_refused(model):
+    inputs = prompts(model)
+    del inputs["attention_mask"]
+    with pytest.raises(ValueError, match="inputs lack attention_mask"):
+        generate(model, Letters(), inputs)
+
+
+def test_as_many_tokens_as_positions_and_not_one_more(model):
+    inputs = prompts(model)
+    room = 256 - inputs["input_ids"].shape[1]
+    message = rf"9 tokens .* and {room + 1} new ones need 257 positions, .* has 256"
+    with pytest.raises(ValueError, match=message):
+        generate(model, Letters(), inputs, max_new_tokens=room + 1)
+    small = copy.copy(model.config.text_config)
+    small.max_position_embeddings = 15
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.config, "text_config", small)
+        patch.setattr(model.language_model, "config", small)
+        rows = generate_tokens(model, Letters(), inputs, max_new_tokens=6)
+    assert [len(row.token_ids) for row in rows] == [6, 6, 6]
+
+
+def test_bfloat16(model):
+    half = copy.deepcopy(model).bfloat16()
+    inputs = prompts(model)
+    texts = generate(half, Letters(), inputs, max_new_tokens=4)
+    assert texts == generate(half, Letters(), inputs, max_new_tokens=4, cache="static")
+
+
+# --- Text ---------------------------------------------------------------------------
+
+
+def decode_in_pieces(tokenizer, ids):
+    decoder = TextDecoder(tokenizer)
+    return [decoder.add(i) for i in ids] + [decoder.finish()]
+
+
+def test_a_character_comes_with_its_last_byte(tokenizer):
+    ids = tokenizer.encode("owls 🦉é", add_special_tokens=False)
+    pieces = decode_in_pieces(tokenizer, ids)
+    assert "".join(pieces) == "owls 🦉é"
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert pieces[-7:] == ["", "", "", "🦉", "", "é", ""]
+
+
+def test_an_unfinished_character_comes_at_the_end(tokenizer):
+    ids = tokenizer.encode("a🦉", add_special_tokens=False)
+    pieces = decode_in_pieces(tokenizer, ids[:-1])
+    assert pieces[-1] == "\ufffd" * 3 and pieces[-2] == ""
+
+
+def test_special_tokens_are_left_out_and_places_stay(tokenizer):
+    text = "<bos><loc0001> owl<image><seg127><pad><eos>"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert "".join(decode_in_pieces(tokenizer, ids)) == "<loc0001> owl<seg127>"
+
+
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@settings(max_examples=60, deadline=None)
+def test_any_text_survives(text):
+    from reference import tiny_tokenizer
+
+    text = text.replace("▁", "")  # the tokenizer's own sign for a space
+    tokenizer = tiny_tokenizer()
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert "".join(decode_in_pieces(tokenizer, ids)) == text
+
+
+def test_pieces_belong_to_tokens(model):
+    inputs, tokenizer = prompts(model), Letters()
+    tokenizer.all_special_ids = tuple(range(0, 128, 2))
+    for row in generate_tokens(model, tokenizer, inputs, max_new_tokens=8):
+        assert len(row.pieces) == len(row.token_ids) == len(row.probabilities) == 8
+        for token_id, piece in zip(row.token_ids, row.pieces):
+            assert piece == ("" if token_id % 2 == 0 else chr(200 + token_id))

@@ -1,0 +1,517 @@
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
+from reference import pair, random_inputs, tiny_config
+from safetensors.torch import load_file, save_file
+
+import vlm.weights
+from vlm.processing import PaliGemmaProcessor
+from vlm.weights import (
+    EMBEDDING,
+    INDEX_FILE,
+    SINGLE_FILE,
+    TIED,
+    canonical_name,
+    check_tensors,
+    choose_device,
+    choose_dtype,
+    find_checkpoint,
+    find_tensors,
+    load_hf_model,
+    save_hf_model,
+)
+
+CONFIGS = {
+    "mqa": dict(),
+    "gqa": dict(text=dict(num_key_value_heads=2), vision=dict(image_size=42)),
+    "image-id-outside-the-table": dict(image_token_index=128),
+}
+LAYER = "language_model.model.layers.1."
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def models(request):
+    torch.manual_seed(0)
+    return pair(tiny_config(**CONFIGS[request.param]))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return pair()[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tokenizer, tmp_path_factory):
+    """A good checkpoint in one file; leave it as it is."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_hf_model(model, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A copy of it to break."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+@pytest.fixture
+def shards(model, tokenizer, tmp_path):
+    save_hf_model(model, tokenizer, tmp_path / "shards", max_shard_size="40KB")
+    return tmp_path / "shards"
+
+
+def assert_same_weights(model, expected):
+    ours, theirs = model.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    head, embedding = model.language_model.lm_head, model.language_model.model
+    assert head.weight is embedding.embed_tokens.weight
+
+
+def rewrite(folder, change):
+    tensors = load_file(folder / SINGLE_FILE)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    save_file(change(tensors), folder / SINGLE_FILE, {"format": "pt"})
+
+
+# --- There and back -----------------------------------------------------------------
+
+
+def test_round_trip(models, tokenizer, tmp_path):
+    save_hf_model(models[0], tokenizer, tmp_path)
+    again, their_tokenizer = load_hf_model(tmp_path, "cpu")
+    assert_same_weights(again, models[0])
+    assert again.config == models[0].config and not again.training
+    text = "detect owl ; pizza\n<loc0001><seg127> 🦉"
+    assert their_tokenizer.encode(text) == tokenizer.encode(text)
+    assert their_tokenizer.get_vocab() == tokenizer.get_vocab()
+    inputs = random_inputs(again.config, (5, 2))
+    with torch.no_grad():
+        expected = models[0](**inputs)["logits"]
+        torch.testing.assert_close(again(**inputs)["logits"], expected, atol=0, rtol=0)
+
+
+def test_round_trip_in_shards(model, shards):
+    files = sorted(path.name for path in shards.glob("*.safetensors"))
+    assert len(files) > 2 and not (shards / SINGLE_FILE).exists()
+    assert_same_weights(load_hf_model(shards, "cpu")[0], model)
+
+
+def test_transformers_loads_what_we_save(models, tokenizer, tmp_path):
+    ours, theirs = models
+    save_hf_model(ours, tokenizer, tmp_path)
+    loaded, info = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    inputs = random_inputs(ours.config, (5, 2))
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        expected = loaded.eval()(**inputs).logits[real]
+        actual = ours(**inputs)["logits"][real]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+    for name, weight in theirs.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    settings = loaded.generation_config
+    assert (settings.bos_token_id, settings.eos_token_id) == (2, 1)
+    assert settings.pad_token_id == 0
+
+
+def test_transformers_processor_reads_what_we_save(checkpoint, tokenizer, model):
+    sizes = model.config.vision_config
+    ours = PaliGemmaProcessor(tokenizer, sizes.num_image_tokens, sizes.image_size)
+    picture = torch.randint(0, 256, (50, 30, 3), dtype=torch.uint8).numpy()
+    theirs = transformers.AutoImageProcessor.from_pretrained(checkpoint, backend="pil")
+    expected = theirs(picture, return_tensors="pt")["pixel_values"]
+    actual = ours("caption en", picture)["pixel_values"]
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("size", ["1GB", "40KB"])
+def test_what_transformers_saves_loads(models, tokenizer, tmp_path, size):
+    ours, theirs = models
+    theirs.save_pretrained(tmp_path, max_shard_size=size)
+    tokenizer.save_pretrained(tmp_path)
+    assert (tmp_path / INDEX_FILE).exists() == (size == "40KB")
+    names = find_tensors(tmp_path)
+    assert not any("vision_model" in name or "lm_head" in name for name in names)
+    assert_same_weights(load_hf_model(tmp_path, "cpu")[0], ours)
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("layout", ["hub", "memory"])
+def test_layouts_with_and_without_head(models, tokenizer, tmp_path, layout, head):
+    ours, theirs = models
+    save_hf_model(ours, tokenizer, tmp_path)
+    state = (ours if layout == "hub" else theirs).state_dict()
+    state = {
+        name: t.clone() for name, t in state.items() if head or "lm_head" not in name
+    }
+    assert any("lm_head" in name for name in state) == head
+    save_file(state, tmp_path / SINGLE_FILE, {"format": "pt"})
+    assert_same_weights(load_hf_model(tmp_path, "cpu")[0], ours)
+
+
+def test_names_of_all_layouts(models):
+    ours, theirs = models
+    names = {canonical_name(name) for name in theirs.state_dict()}
+    assert names == set(ours.state_dict())
+    assert {canonical_name(name) for name in names} == names
+
+
+# --- What doesn't fit is refused ----------------------------------------------------
+
+
+def transposed(tensors):
+    name = LAYER + "mlp.up_proj.weight"
+    return tensors | {name: tensors[name].T.contiguous()}
+
+
+DAMAGES = {
+    "missing": (
+        lambda t: {
+            n: x for n, x in t.items() if n != LAYER + "self_attn.q_proj.weight"
+        },
+        f"missing {LAYER}self_attn.q_proj.weight",
+    ),
+    "missing embedding": (
+        lambda t: {n: x for n, x in t.items() if n != EMBEDDING},
+        f"missing {EMBEDDING}",
+    ),
+    "unexpected": (
+        lambda t: t | {"model.language_model.layers.9.x": torch.ones(1)},
+        "unexpected model.language_model.layers.9.x in model.safetensors",
+    ),
+    "shape": (
+        transposed,
+        rf"{LAYER}mlp.up_proj.weight in model.safetensors has shape \[32, 48\], "
+        r"not \[48, 32\]",
+    ),
+    "dtype": (
+        lambda t: t | {LAYER + "input_layernorm.weight": torch.ones(32).int()},
+        f"{LAYER}input_layernorm.weight in model.safetensors has dtype I32, not one of",
+    ),
+    "twice": (
+        lambda t: t | {"model.language_model.norm.weight": torch.ones(32)},
+        r"language_model.(model.)?norm.weight in model.safetensors repeats "
+        r"(model.)?language_model.(model.)?norm.weight in model.safetensors",
+    ),
+    "untied head": (
+        lambda t: t | {"lm_head.weight": t[EMBEDDING] + 1},
+        f"lm_head.weight in model.safetensors differs from {EMBEDDING}",
+    ),
+    "many": (
+        lambda t: {n: x for n, x in t.items() if "vision" not in n},
+        r"missing vision_tower.*; and \d+ more$",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoints_are_refused(copy, damage):
+    change, message = DAMAGES[damage]
+    rewrite(copy, change)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_hf_model(copy, "cpu")
+    if damage != "untied head":
+        assert str(raised.value).startswith(f"{copy} doesn't fit the model")
+
+
+def test_checked_before_a_weight_is_read(copy, monkeypatch):
+    rewrite(copy, transposed)
+    monkeypatch.setattr(vlm.weights, "read_weights", pytest.fail)
+    with pytest.raises(ValueError, match="has shape"):
+        load_hf_model(copy, "cpu")
+
+
+def test_all_problems_at_once(model, copy):
+    rewrite(copy, lambda t: transposed(DAMAGES["missing"][0](t)))
+    with pytest.raises(ValueError, match="has shape .*; missing"):
+        check_tensors(model, find_tensors(copy))
+
+
+def test_an_empty_file_is_refused(copy):
+    save_file({}, copy / SINGLE_FILE)
+    with pytest.raises(ValueError, match="the checkpoint doesn't fit .* missing"):
+        load_hf_model(copy, "cpu")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 10_000])
+def test_truncated_file(copy, keep):
+    os.truncate(copy / SINGLE_FILE, keep)
+    with pytest.raises(ValueError, match=r"model.safetensors can't be read \(trunc"):
+        load_hf_model(copy, "cpu")
+
+
+def test_missing_shard(shards):
+    last = sorted(shards.glob("*.safetensors"))[-1]
+    last.unlink()
+    message = f"{INDEX_FILE} names {last.name}, which is missing in"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_hf_model(shards, "cpu")
+
+
+def test_index_and_shards_disagree(shards):
+    index = json.loads((shards / INDEX_FILE).read_text())
+    first, last = sorted(path.name for path in shards.glob("*.safetensors"))[::4][:2]
+    name = next(n for n, file in index["weight_map"].items() if file == first)
+    index["weight_map"][name] = last
+    (shards / INDEX_FILE).write_text(json.dumps(index))
+    message = f"{INDEX_FILE} promises {name} in {last}: not there"
+    with pytest.raises(ValueError, match=message):
+        load_hf_model(shards, "cpu")
+
+
+def test_a_tensor_in_two_shards(shards):
+    first, second = sorted(shards.glob("*.safetensors"))[:2]
+    name = next(iter(load_file(first)))
+    save_file(load_file(second) | {name: load_file(first)[name]}, second)
+    with pytest.raises(
+        ValueError, match=f"promises {name}|{name} in .* repeats {name}"
+    ):
+        load_hf_model(shards, "cpu")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+def test_broken_index(shards, text):
+    (shards / INDEX_FILE).write_text(text)
+    with pytest.raises(ValueError, match="index.json is not an index of shards"):
+        load_hf_model(shards, "cpu")
+
+
+def test_pickle_is_not_read(copy, model):
+    (copy / SINGLE_FILE).unlink()
+    torch.save(model.state_dict(), copy / "pytorch_model.bin")
+    with pytest.raises(
+        FileNotFoundError, match="neither model.safetensors nor.*pickle"
+    ):
+        load_hf_model(copy, "cpu")
+
+
+def test_no_config(copy):
+    (copy / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no config.json in"):
+        load_hf_model(copy, "cpu")
+
+
+def test_another_architecture(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["text_config"]["model_type"] = "llama"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="llama"):
+        load_hf_model(copy, "cpu")
+
+
+def test_no_tokenizer(copy):
+    for path in copy.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="no tokenizer that can be read in"):
+        load_hf_model(copy, "cpu")
+
+
+# --- Where it comes from ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["no/such/folder", "../nowhere", "nowhere", "a b/c"])
+def test_no_folder(path):
+    with pytest.raises(FileNotFoundError, match=f"no folder {path}: give a checkpoint"):
+        find_checkpoint(path)
+
+
+def test_a_file_is_no_folder(checkpoint):
+    with pytest.raises(FileNotFoundError, match="is a file: give the folder"):
+        find_checkpoint(checkpoint / "config.json")
+
+
+def test_a_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "google" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(vlm.weights, "snapshot_download", pytest.fail)
+    assert find_checkpoint("google/model") == Path("google/model")
+
+
+def test_a_hub_id_is_fetched_without_pickles(checkpoint, monkeypatch):
+    calls = []
+
+    def fetch(name, allow_patterns):
+        calls.append((name, allow_patterns))
+        return str(checkpoint)
+
+    monkeypatch.setattr(vlm.weights, "snapshot_download", fetch)
+    load_hf_model("google/paligemma-3b-mix-224", "cpu")
+    patterns = ["*.json", "*.safetensors", "*.model"]
+    assert calls == [("google/paligemma-3b-mix-224", patterns)]
+
+
+@pytest.mark.parametrize(
+    "error", [LocalEntryNotFoundError("offline"), OSError(""), ValueError("bad id")]
+)
+def test_a_hub_id_that_cannot_be_fetched(monkeypatch, error):
+    def fetch(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(vlm.weights, "snapshot_download", fetch)
+    message = "no folder some/model, and as a hub id it can't be fetched.*hf auth login"
+    with pytest.raises(FileNotFoundError, match=message):
+        load_hf_model("some/model", "cpu")
+
+
+def test_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        FileNotFoundError, match="no folder some/model, and as a hub id"
+    ):
+        load_hf_model("some/model", "cpu")
+
+
+# --- Device, dtype and memory -------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "float64"])
+def test_dtype(checkpoint, dtype):
+    wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+    model, _ = load_hf_model(checkpoint, "cpu", dtype)
+    assert {p.dtype for p in model.parameters()} == {wanted} and model.dtype == wanted
+    floats = {b.dtype for b in model.buffers() if b.is_floating_point()}
+    assert floats <= {torch.float32}  # angles keep their precision
+
+
+def test_auto_dtype_is_the_files(model, tokenizer, tmp_path):
+    import copy
+
+    save_hf_model(copy.deepcopy(model).bfloat16(), tokenizer, tmp_path)
+    assert load_hf_model(tmp_path, "cpu")[0].dtype == torch.bfloat16
+    rewrite(
+        tmp_path, lambda t: {n: x.float() if "norm" in n else x for n, x in t.items()}
+    )
+    loaded, _ = load_hf_model(tmp_path, "cpu")  # one dtype, though the file has two
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float31", torch.int32, "nn"])
+def test_bad_dtype(checkpoint, dtype):
+    with pytest.raises(ValueError, match="is not a floating-point type of torch"):
+        load_hf_model(checkpoint, "cpu", dtype)
+
+
+def test_bfloat16_where_a_card_only_imitates_it(monkeypatch):
+    card = torch.device("cuda")
+    for native, wanted in ((True, torch.bfloat16), (False, torch.float16)):
+        answer = {True: None, False: native}  # imitating it doesn't count
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, answer=answer: answer[including_emulation],
+        )
+        assert choose_dtype("auto", torch.bfloat16, card) == wanted
+        assert choose_dtype("bfloat16", torch.bfloat16, card) == torch.bfloat16
+        assert choose_dtype("auto", torch.float32, card) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("cuda", "mps", "wanted"),
+    [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_auto_device(monkeypatch, cuda, mps, wanted):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert choose_device() == torch.device(wanted)
+    assert choose_device("cpu") == choose_device(torch.device("cpu"))
+
+
+def test_mapped_weights_can_be_trained_and_the_file_stays(copy):
+    before = (copy / SINGLE_FILE).read_bytes()
+    model, _ = load_hf_model(copy, "cpu")
+    assert all(p.requires_grad and p.is_leaf for p in model.parameters())
+    inputs = random_inputs(model.config, (5, 1), (2, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(2):
+        loss = model(**inputs)["loss"]
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
+    assert (copy / SINGLE_FILE).read_bytes() == before
+
+
+def mapped_ranges(file):
+    """Where in this process's memory a file is mapped, from Linux's own list."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(file)):
+            start, _, end = line.split()[0].partition("-")
+            yield int(start, 16), int(end, 16)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_on_the_cpu_the_file_is_the_model(copy, monkeypatch):
+    def no_memory(tensor, *args, **kwargs):
+        assert tensor.is_meta, "random numbers were made, only to be overwritten"
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "normal_", no_memory)
+    model, _ = load_hf_model(copy, "cpu")
+    ranges = list(mapped_ranges(copy / SINGLE_FILE))
+    for name, weight in model.named_parameters():
+        place = weight.data_ptr()
+        assert any(start <= place < end for start, end in ranges), name
+    halves, _ = load_hf_model(copy, "cpu", "bfloat16")
+    place = next(halves.parameters()).data_ptr()
+    assert not any(start <= place < end for start, end in ranges)
+
+
+# --- Saving -------------------------------------------------------------------------
+
+
+def test_a_save_that_breaks_off_leaves_the_old_one(copy, tokenizer, monkeypatch):
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    torch.manual_seed(5)
+    other = pair()[0]
+
+    def fail(folder):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", fail)  # after the weights
+    with pytest.raises(OSError, match="disk full"):
+        save_hf_model(other, tokenizer, copy)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+
+
+def test_saving_over_leaves_nothing_behind(shards, tokenizer):
+    torch.manual_seed(5)
+    other = pair()[0]
+    save_hf_model(other, tokenizer, shards)  # one file where shards were
+    assert [path.name for path in shards.glob("*.safetensors*")] == [SINGLE_FILE]
+    assert_same_weights(load_hf_model(shards, "cpu")[0], other)
+    save_hf_model(other, tokenizer, shards, max_shard_size="60KB")
+    assert not (shards / SINGLE_FILE).exists()
+    assert_same_weights(load_hf_model(shards, "cpu")[0], other)
+
+
+def test_a_loaded_model_can_be_saved_where_it_came_from(copy, tokenizer):
+    model, _ = load_hf_model(copy, "cpu")
+    with torch.no_grad():
+        model.language_model.model.norm.weight.add_(1)
+    save_hf_model(model, tokenizer, copy)
+    assert_same_weights(load_hf_model(copy, "cpu")[0], model)
+
+
+def test_files_are_what_the_hub_has(checkpoint):
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {"config.json", "preprocessor_config.json", "tokenizer.json"} <= names
+    assert {SINGLE_FILE, "generation_config.json"} <= names
+    assert TIED not in find_tensors(checkpoint)
+    modes = {path.stat().st_mode for path in checkpoint.iterdir()}
+    assert len(modes) == 1  # the weights may be read by whoever reads the config

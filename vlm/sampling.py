@@ -1,0 +1,398 @@
+"""One token at a time: choose it from the logits, write it down, and know when to stop.
+
+Built in notebooks/13_sampling.ipynb: edit it there, then run `make export`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from .kv_cache import KVCache, StaticKVCache
+from .paligemma import PaliGemmaForConditionalGeneration
+from .processing import IMAGE_TOKEN
+
+__all__ = [
+    "Stop",
+    "apply_temperature",
+    "keep_top_k",
+    "keep_top_p",
+    "sample_next_token",
+    "GenerationSettings",
+    "prefill",
+    "decode_one_token",
+    "make_cache",
+    "token_steps",
+    "TextDecoder",
+    "Generation",
+    "check_inputs",
+    "generation_steps",
+    "generate_tokens",
+    "generate",
+    "stream",
+]
+
+
+def apply_temperature(
+    logits: Float[Tensor, "B V"], temperature: float
+) -> Float[Tensor, "B V"]:
+    """Divide by the temperature (> 0): under 1 sharpens the choice, over 1 evens it.
+
+    The largest logit becomes 0 first, so that a tiny temperature can't overflow.
+    """
+    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+
+
+def keep_top_k(logits: Float[Tensor, "B V"], top_k: int) -> Float[Tensor, "B V"]:
+    """Forbid (-inf) all but the k likeliest tokens; ties with the k-th stay too."""
+    kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]  # [B, 1]
+    return logits.masked_fill(logits < kth, float("-inf"))
+
+
+def keep_top_p(logits: Float[Tensor, "B V"], top_p: float) -> Float[Tensor, "B V"]:
+    """Forbid (-inf) all but the smallest set of tokens whose probabilities reach p.
+
+    The token that crosses p is in the set, so there is always one.
+    Source: Holtzman et al. 2020 (nucleus sampling).
+    """
+    if top_p >= 1:  # everything stays; rounding must not drop the tail
+        return logits
+    sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)  # [B, V]
+    probabilities = sorted_logits.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # mass ahead of each token
+    drop = before >= top_p
+    drop = torch.zeros_like(drop).scatter(1, order, drop)  # back in vocabulary order
+    return logits.masked_fill(drop, float("-inf"))
+
+
+def sample_next_token(
+    logits: Float[Tensor, "B V"],
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
+    """Choose each row's next token: (ids, probabilities of the chosen).
+
+    Greedy unless `do_sample`; a temperature of 0 is greedy too. Temperature comes
+    first, then top-k, then top-p. The probabilities are those drawn from; for greedy,
+    the plain softmax's.
+    """
+    logits = logits.float()
+    if not do_sample or temperature == 0:
+        probabilities, token_ids = logits.softmax(dim=-1).max(dim=-1)  # [B] each
+        return token_ids, probabilities
+    logits = apply_temperature(logits, temperature)
+    if top_k is not None:
+        logits = keep_top_k(logits, top_k)
+    if top_p is not None:
+        logits = keep_top_p(logits, top_p)
+    probabilities = logits.softmax(dim=-1)  # [B, V]
+    # Drawn on the CPU, so that a seed means the same on every device.
+    drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)  # [B, 1]
+    token_ids = drawn.to(logits.device)
+    return token_ids[:, 0], probabilities.gather(1, token_ids)[:, 0]  # [B] each
+
+
+Stop = str | Sequence[str] | Callable[[list[int]], bool]
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How to continue a prompt; `generate` and `stream` take these by name.
+
+    - `max_new_tokens` ≥ 1.
+    - `do_sample`: draw; otherwise the likeliest token is taken (greedy).
+    - `temperature` ≥ 0 (0 is greedy), `top_k` ≥ 1, `top_p` in (0, 1]: shape the
+      distribution that is drawn from, in this order.
+    - `stop`: a string or several (the text ends with the first that appears), or a
+      function of the row's token ids so far. EOS always stops.
+    - `seed`: the same draws every time.
+    - `cache`: "dynamic" grows, "static" is allocated once.
+
+    Raises ValueError for a value out of its range, with the range.
+    """
+
+    max_new_tokens: int = 100
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: Stop | None = None
+    seed: int | None = None
+    cache: str = "dynamic"
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature={self.temperature} must be 0 (greedy) or positive"
+            )
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k} must be at least 1, or None")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p} must be in (0, 1], or None")
+        if self.cache not in ("dynamic", "static"):
+            raise ValueError(f"cache={self.cache!r} must be 'dynamic' or 'static'")
+        if not callable(self.stop) and not all(self.stop_strings):
+            raise ValueError("a stop string must not be empty")
+
+    @property
+    def stop_strings(self) -> list[str]:
+        """`stop` as a list; empty where it is a function or absent."""
+        if self.stop is None or callable(self.stop):
+            return []
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+    def is_time_to_stop(self, token_ids: list[int], text: str) -> bool:
+        """What `stop` says about a row's tokens and text so far."""
+        if callable(self.stop):
+            return bool(self.stop(token_ids))
+        return any(ending in text for ending in self.stop_strings)
+
+
+def prefill(
+    model: PaliGemmaForConditionalGeneration,
+    inputs: dict[str, Tensor],
+    kv_cache: KVCache | StaticKVCache,
+) -> Float[Tensor, "B V"]:
+    """Read picture and prompt, fill the cache; logits after each row's last real token.
+
+    Logits are computed from the shortest row's end on, not for the whole prompt.
+    """
+    attention_mask = inputs["attention_mask"]  # [B, T]
+    length = attention_mask.shape[1]
+    place = torch.arange(length, device=attention_mask.device)  # [T]
+    last = (attention_mask * place).argmax(dim=1)  # [B]
+    keep = length - int(last.min())
+    logits = model(**inputs, kv_cache=kv_cache, logits_to_keep=keep)["logits"]
+    rows = torch.arange(len(last), device=last.device)
+    return logits[rows, last - (length - keep)]  # [B, keep, V] → [B, V]
+
+
+def decode_one_token(
+    model: PaliGemmaForConditionalGeneration,
+    token_ids: Int[Tensor, "B"],
+    attention_mask: Int[Tensor, "B M"],
+    kv_cache: KVCache | StaticKVCache,
+) -> Float[Tensor, "B V"]:
+    """One new token in, the next one's logits out; the mask counts the new token."""
+    outputs = model(
+        input_ids=token_ids[:, None], attention_mask=attention_mask, kv_cache=kv_cache
+    )
+    return outputs["logits"][:, -1]  # [B, 1, V] → [B, V]
+
+
+def make_cache(
+    model: PaliGemmaForConditionalGeneration, kind: str, batch_size: int, length: int
+) -> KVCache | StaticKVCache:
+    """An empty cache, "dynamic" or "static"; the static one has room for `length`."""
+    if kind == "dynamic":
+        return KVCache()
+    config = model.config.text_config
+    return StaticKVCache(config, batch_size, length, model.device, model.dtype)
+
+
+@torch.no_grad()
+def token_steps(
+    model: PaliGemmaForConditionalGeneration,
+    inputs: dict[str, Tensor],
+    settings: GenerationSettings,
+) -> Iterator[tuple[list[int], list[float]]]:
+    """Yield (ids, probabilities) of all rows, one step at a time, up to the limit.
+
+    It knows nothing of EOS or `stop`: whoever has enough stops asking.
+    """
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    attention_mask = inputs["attention_mask"]
+    batch, length = attention_mask.shape
+    kv_cache = make_cache(
+        model, settings.cache, batch, length + settings.max_new_tokens
+    )
+    generator = None
+    if settings.seed is not None:
+        generator = torch.Generator().manual_seed(settings.seed)
+    image_id = model.config.image_token_index
+    logits = prefill(model, inputs, kv_cache)  # [B, V]
+    for step in range(settings.max_new_tokens):
+        # An answer holds no picture. (An id outside the table: an empty slice.)
+        logits[:, image_id : image_id + 1] = float("-inf")
+        token_ids, probabilities = sample_next_token(
+            logits,
+            settings.do_sample,
+            settings.temperature,
+            settings.top_k,
+            settings.top_p,
+            generator,
+        )
+        yield token_ids.tolist(), probabilities.tolist()
+        if step + 1 < settings.max_new_tokens:
+            one = attention_mask.new_ones(batch, 1)
+            attention_mask = torch.cat([attention_mask, one], dim=1)  # [B, T + n]
+            logits = decode_one_token(model, token_ids, attention_mask, kv_cache)
+
+
+class TextDecoder:
+    """Turns a growing row of ids into pieces of text, special tokens left out.
+
+    loc and seg tokens are text. A character may take several byte tokens: its text
+    comes with the last of them.
+    """
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+        self.hidden = {*tokenizer.all_special_ids}
+        self.hidden.add(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        self.token_ids: list[int] = []
+        self.text = ""
+
+    def add(self, token_id: int) -> str:
+        """The text that this token adds; empty for a special or unfinished one."""
+        if token_id in self.hidden:
+            return ""
+        self.token_ids.append(token_id)
+        return self._advance()
+
+    def finish(self) -> str:
+        """What is still held back: an unfinished character becomes `\ufffd`."""
+        return self._advance(final=True)
+
+    def _advance(self, final: bool = False) -> str:
+        text = self.tokenizer.decode(self.token_ids, clean_up_tokenization_spaces=False)
+        if text.endswith("\ufffd") and not final:
+            return ""
+        piece = text[len(self.text) :]
+        self.text += piece
+        return piece
+
+
+@dataclass
+class Generation:
+    """What the model wrote for one row: a list each of ids, probabilities and pieces.
+
+    Piece i is the text that token i added (special tokens add none), so the pieces
+    joined are the text. Probability i is what the distribution that token i was chosen
+    from gave to it.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    probabilities: list[float] = field(default_factory=list)
+    pieces: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The pieces, joined."""
+        return "".join(self.pieces)
+
+
+def check_inputs(
+    model: PaliGemmaForConditionalGeneration,
+    inputs: dict[str, Tensor],
+    settings: GenerationSettings,
+) -> None:
+    """Raise a ValueError for inputs that can't be continued, before any work."""
+    missing = [n for n in ("input_ids", "attention_mask") if n not in inputs]
+    if missing:
+        raise ValueError(f"inputs lack {' and '.join(missing)}: use the processor's")
+    if "labels" in inputs or "token_type_ids" in inputs:
+        raise ValueError(
+            "these inputs were made with a suffix, to train on: "
+            "call the processor without one to generate"
+        )
+    length = inputs["input_ids"].shape[1]
+    needed = length + settings.max_new_tokens
+    positions = model.config.text_config.max_position_embeddings
+    if needed > positions:
+        raise ValueError(
+            f"a prompt of {length} tokens (the picture's among them) and "
+            f"{settings.max_new_tokens} new ones need {needed} positions, but the "
+            f"model has {positions}: shorten the prompt or generate fewer tokens"
+        )
+
+
+def generation_steps(
+    model: PaliGemmaForConditionalGeneration,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    settings: GenerationSettings,
+) -> Iterator[list[Generation]]:
+    """Yield all rows' Generations, grown by a token each time, until every row ended.
+
+    It is the same list every time; a row that has ended stays as it is. The inputs
+    are taken as they are: `check_inputs` comes before.
+    """
+    rows = [Generation() for _ in inputs["input_ids"]]
+    decoders = [TextDecoder(tokenizer) for _ in rows]
+    running = set(range(len(rows)))
+    steps = token_steps(model, inputs, settings)
+    for step, (token_ids, probabilities) in enumerate(steps, start=1):
+        for i in sorted(running):
+            row = rows[i]
+            row.token_ids.append(token_ids[i])
+            row.probabilities.append(probabilities[i])
+            row.pieces.append(decoders[i].add(token_ids[i]))
+            if (
+                token_ids[i] == tokenizer.eos_token_id
+                or step == settings.max_new_tokens
+                or settings.is_time_to_stop(row.token_ids, row.text)
+            ):
+                row.pieces[-1] += decoders[i].finish()
+                running.discard(i)
+        yield rows
+        if not running:
+            return
+
+
+def generate_tokens(
+    model: PaliGemmaForConditionalGeneration,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    **settings: Any,
+) -> list[Generation]:
+    """As `generate`, with each token's id, probability and piece of text."""
+    chosen = GenerationSettings(**settings)
+    check_inputs(model, inputs, chosen)
+    # Run to the end, keep the last state.
+    *_, rows = generation_steps(model, tokenizer, inputs, chosen)
+    return rows
+
+
+def generate(
+    model: PaliGemmaForConditionalGeneration,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    **settings: Any,
+) -> list[str]:
+    """Continue every row of `inputs` (the processor's) and return the texts.
+
+    `settings`: those of `GenerationSettings`, by name. Rows may be of different length,
+    padded left or right. loc and seg tokens are part of the text; the other special
+    tokens are not.
+    Raises ValueError for settings out of range and prompts that are too long.
+    """
+    return [row.text for row in generate_tokens(model, tokenizer, inputs, **settings)]
+
+
+def stream(
+    model: PaliGemmaForConditionalGeneration,
+    tokenizer: Any,
+    inputs: dict[str, Tensor],
+    **settings: Any,
+) -> Iterator[str]:
+    """As `generate` for one row, yielding text as it is made.
+
+    Raises ValueError for a batch, and where `generate` does.
+    """
+    chosen = GenerationSettings(**settings)
+    check_inputs(model, inputs, chosen)
+    if len(inputs["input_ids"]) != 1:
+        raise ValueError(
+            f"stream takes one row, not {len(inputs['input_ids'])}: use generate"
+        )
+    steps = generation_steps(model, tokenizer, inputs, chosen)
+    return (rows[0].pieces[-1] for rows in steps if rows[0].pieces[-1])

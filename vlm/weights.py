@@ -1,0 +1,367 @@
+"""Load real checkpoints and save your own, strictly: no tensor missing, none left over.
+
+Built in notebooks/14_weights.ipynb: edit it there, then run `make export`.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from importlib.resources import files as package_files
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .config import PaliGemmaConfig
+from .paligemma import PaliGemmaForConditionalGeneration
+
+__all__ = [
+    "EMBEDDED",
+    "SINGLE_FILE",
+    "INDEX_FILE",
+    "RENAMES",
+    "EMBEDDING",
+    "TIED",
+    "FLOAT_TYPES",
+    "canonical_name",
+    "find_checkpoint",
+    "tensor_names",
+    "find_tensors",
+    "check_tensors",
+    "choose_device",
+    "choose_dtype",
+    "stored_dtype",
+    "check_tied",
+    "read_weights",
+    "load_tokenizer",
+    "load_hf_model",
+    "preprocessor_config",
+    "generation_config",
+    "save_hf_model",
+]
+
+EMBEDDED = Path(str(package_files("vlm"))) / "checkpoints" / "paligemma-stickers"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Other layouts' names → ours, which are those of the hub's files.
+RENAMES = (
+    (r"^model\.", ""),  # transformers 5 in memory
+    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
+    (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
+    (r"^lm_head\.", "language_model.lm_head."),
+)
+EMBEDDING = "language_model.model.embed_tokens.weight"
+TIED = "language_model.lm_head.weight"  # the embedding again; files may leave it out
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name in any of the three layouts → its name in our model."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def find_checkpoint(model_path: str | os.PathLike | None) -> Path:
+    """The folder of a checkpoint: None is the embedded one; a hub id is fetched.
+
+    Only config, tokenizer and safetensors are fetched. Raises FileNotFoundError for
+    what is neither a folder nor on the hub, and says what to do.
+    """
+    if model_path is None:
+        return EMBEDDED
+    folder = Path(model_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise FileNotFoundError(f"{folder} is a file: give the folder that holds it")
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model_path)):
+        raise FileNotFoundError(
+            f"no folder {folder}: give a checkpoint's folder, or a hub id like "
+            "google/paligemma-3b-mix-224"
+        )
+    wanted = ["*.json", "*.safetensors", "*.model"]
+    try:
+        return Path(snapshot_download(str(model_path), allow_patterns=wanted))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"no folder {model_path}, and as a hub id it can't be fetched: {reason} "
+            "For Google's checkpoints accept the license on the model's page, then "
+            "log in with `hf auth login`"
+        ) from error
+
+
+def tensor_names(file: Path) -> list[str]:
+    """The names in one safetensors file; ValueError where it can't be read."""
+    try:
+        with safe_open(file, "pt") as tensors:
+            return list(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} can't be read (truncated? fetch it again): {error}"
+        ) from error
+
+
+def find_tensors(folder: Path) -> dict[str, Path]:
+    """Every tensor's name and the safetensors file in `folder` that holds it.
+
+    One file, or shards with an index. Raises FileNotFoundError where a file is missing,
+    ValueError where one can't be read or the index and the shards disagree.
+    """
+    single, index = folder / SINGLE_FILE, folder / INDEX_FILE
+    if single.is_file():
+        return dict.fromkeys(tensor_names(single), single)
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: other formats "
+            "are not read, because pickle runs code"
+        )
+    try:
+        weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of shards: {error!r}") from error
+    found = {}
+    for name in sorted(set(weight_map.values())):
+        shard = folder / name
+        if not shard.is_file():
+            raise FileNotFoundError(
+                f"{INDEX_FILE} names {name}, which is missing in {folder}: fetch it too"
+            )
+        found |= dict.fromkeys(tensor_names(shard), shard)
+    for name, shard in weight_map.items():
+        if found.get(name) != folder / shard:
+            raise ValueError(f"{INDEX_FILE} promises {name} in {shard}: not there")
+    return found
+
+
+FLOAT_TYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+def check_tensors(
+    model: PaliGemmaForConditionalGeneration, files: dict[str, Path]
+) -> None:
+    """Raise a ValueError unless names and shapes in `files` are exactly the model's.
+
+    Reads headers only. `files`: name in the file → file, from `find_tensors`.
+    """
+    expected = {name: list(p.shape) for name, p in model.state_dict().items()}
+    seen: dict[str, str] = {}
+    problems = []
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                ours, header = canonical_name(name), tensors.get_slice(name)
+                shape, kind = list(header.get_shape()), header.get_dtype()
+                where = f"{name} in {file.name}"
+                if ours not in expected:
+                    problems.append(f"unexpected {where}")
+                elif ours in seen:
+                    problems.append(f"{where} repeats {seen[ours]}")
+                elif shape != expected[ours]:
+                    wanted = expected[ours]
+                    problems.append(f"{where} has shape {shape}, not {wanted}")
+                elif kind not in FLOAT_TYPES:
+                    allowed = ", ".join(FLOAT_TYPES)
+                    problems.append(f"{where} has dtype {kind}, not one of {allowed}")
+                seen[ours] = where
+    missing = [name for name in expected if name not in seen and name != TIED]
+    problems += [f"missing {name}" for name in missing]
+    if problems:
+        rest = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        folder = next(iter(files.values())).parent if files else "the checkpoint"
+        raise ValueError(
+            f"{folder} doesn't fit the model of its config.json: "
+            f"{'; '.join(problems[:8])}{rest}"
+        )
+
+
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """The device by name; "auto": CUDA if there is one, else Apple's MPS, else CPU."""
+    if device != "auto":
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def choose_dtype(
+    dtype: str | torch.dtype, stored: torch.dtype, device: torch.device
+) -> torch.dtype:
+    """The dtype by name; "auto": as stored, but float16 on CUDA without bfloat16.
+
+    Raises ValueError for a name that isn't one of torch's floating-point types.
+    """
+    if dtype == "auto":
+        if stored == torch.bfloat16 and device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            return stored if native else torch.float16
+        return stored
+    chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+        raise ValueError(
+            f"dtype={dtype!r} is not a floating-point type of torch: "
+            "use 'auto', 'float32', 'bfloat16' or 'float16'"
+        )
+    return chosen
+
+
+def stored_dtype(files: dict[str, Path]) -> torch.dtype:
+    """The dtype of the embedding, the largest tensor; the others will follow it."""
+    name = next(name for name in files if canonical_name(name) == EMBEDDING)
+    with safe_open(files[name], "pt") as tensors:
+        return FLOAT_TYPES[tensors.get_slice(name).get_dtype()]
+
+
+def check_tied(files: dict[str, Path]) -> None:
+    """Raise a ValueError where files hold an output head that isn't the embedding."""
+    pair = {canonical_name(name): name for name in files}
+    if TIED not in pair:
+        return
+    tensors = []
+    for name in (pair[TIED], pair[EMBEDDING]):
+        with safe_open(files[name], "pt") as file:
+            tensors.append(file.get_tensor(name))
+    if not torch.equal(*tensors):
+        raise ValueError(
+            f"{pair[TIED]} in {files[pair[TIED]].name} differs from "
+            f"{pair[EMBEDDING]}: in PaliGemma they are one tensor"
+        )
+
+
+def read_weights(
+    model: PaliGemmaForConditionalGeneration,
+    files: dict[str, Path],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Put the tensors of `files` into a model without memory, one at a time.
+
+    On the CPU in the file's own dtype they stay mapped from the file, not copied.
+    """
+    check_tied(files)
+    state: dict[str, Tensor] = {}
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                if canonical_name(name) != TIED:
+                    tensor = tensors.get_tensor(name)
+                    state[canonical_name(name)] = tensor.to(device, dtype)
+    state[TIED] = state[EMBEDDING]
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside the weights; FileNotFoundError where there is none."""
+    from transformers import AutoTokenizer  # slow to import, so only when needed
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"no tokenizer that can be read in {folder}: {reason}"
+        ) from error
+
+
+def load_hf_model(
+    model_path: str | os.PathLike | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+) -> tuple[PaliGemmaForConditionalGeneration, Any]:
+    """Load (model, tokenizer) from a folder, a hub id, or None: the embedded one.
+
+    Three layouts of names are understood (hub files, transformers 5 in memory, and what
+    it saves); safetensors only, one file or shards. Every name and shape is checked
+    before a weight is read. The model comes in eval mode.
+    Raises FileNotFoundError and ValueError that name the file and the tensor.
+    """
+    folder = find_checkpoint(model_path)
+    config = PaliGemmaConfig.from_pretrained(folder)
+    files = find_tensors(folder)
+    with init_empty_weights(include_buffers=False):
+        model = PaliGemmaForConditionalGeneration(config)
+    check_tensors(model, files)
+    tokenizer = load_tokenizer(folder)
+    device = choose_device(device)
+    read_weights(model, files, device, choose_dtype(dtype, stored_dtype(files), device))
+    return model.to(device).eval(), tokenizer  # the buffers move too
+
+
+def preprocessor_config(config: PaliGemmaConfig) -> dict[str, Any]:
+    """What transformers' image processor must do to match ours."""
+    side = config.vision_config.image_size
+    return {
+        "image_processor_type": "SiglipImageProcessor",
+        "processor_class": "PaliGemmaProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "image_seq_length": config.vision_config.num_image_tokens,
+    }
+
+
+def generation_config(config: PaliGemmaConfig) -> dict[str, Any]:
+    """The special ids that transformers' generate looks for."""
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def save_hf_model(
+    model: PaliGemmaForConditionalGeneration,
+    tokenizer: Any,
+    folder: str | os.PathLike,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Write a checkpoint in the hub's layout, which transformers loads as it is.
+
+    Larger than `max_shard_size` (like "5GB") it becomes shards and an index. Files are
+    written beside their places and moved there when all of them are complete.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: t for name, t in model.state_dict().items() if name != TIED}
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        staged = Path(scratch)
+        save_torch_state_dict(state, staged, max_shard_size=max_shard_size)
+        model.config.save_pretrained(staged)
+        for file in staged.glob("*.safetensors"):  # made readable for the owner alone
+            shutil.copymode(staged / "config.json", file)
+        tokenizer.save_pretrained(staged)
+        for name, values in (
+            ("preprocessor_config.json", preprocessor_config(model.config)),
+            ("generation_config.json", generation_config(model.config)),
+        ):
+            text = json.dumps(values, indent=2) + "\n"
+            (staged / name).write_text(text, encoding="utf-8")
+        written = {file.name for file in staged.iterdir()}
+        for name in sorted(written):
+            os.replace(staged / name, folder / name)
+    # What an earlier save left behind must not be taken for a part of this one.
+    for old in folder.glob("model*.safetensors*"):
+        if old.name not in written:
+            old.unlink()
