@@ -20,6 +20,7 @@ from vlm.sampling import (
     prefill,
     sample_next_token,
     stream,
+    token_steps,
 )
 
 CONFIGS = {
@@ -132,12 +133,12 @@ def test_top_p_of_one_keeps_the_whole_tail():
 
 
 def test_greedy_and_temperature_zero():
-    logits = torch.randn(30, 40)
+    logits = torch.randn(30, 40) * 100  # so large that dividing by 1e-37 overflows
     for choice in (
         sample_next_token(logits),
         sample_next_token(logits, temperature=3.0, top_k=2),
         sample_next_token(logits, do_sample=True, temperature=0),
-        sample_next_token(logits, do_sample=True, temperature=1e-35),
+        sample_next_token(logits, do_sample=True, temperature=1e-37),
         sample_next_token(logits, do_sample=True, top_k=1),
         sample_next_token(logits, do_sample=True, top_p=1e-6),
     ):
@@ -271,7 +272,8 @@ def test_one_look_and_one_token_a_step(model):
         ),
     ]
     inputs = prompts(model)
-    generate(model, Letters(), inputs, max_new_tokens=6)
+    for _ in token_steps(model, inputs, GenerationSettings(max_new_tokens=6)):
+        pass
     for hook in hooks:
         hook.remove()
     assert looks == [1]

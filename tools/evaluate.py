@@ -8,7 +8,9 @@ table of its model card.
 Captions: F1 of the kinds named (over all scenes together), and the share that is right
 to the letter. Detection: every kind in a scene is asked for, and two that aren't there;
 average precision by pycocotools, objects ranked by their score. Answers: the share that
-is right to the letter. Nothing here is trained on, and nothing is tuned to it.
+is right to the letter. Nothing here is trained on, and nothing is tuned to it. For
+comparison, the same marks for one who never looks and always gives a task's most common
+answer.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import io
 import json
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from pycocotools.coco import COCO
@@ -31,7 +33,6 @@ from vlm.sampling import Generation, generate_tokens
 from vlm.scenes import (
     HELD_OUT_SEEDS,
     HELD_OUT_STYLE,
-    STYLES,
     Question,
     Scene,
     absent_kind,
@@ -56,12 +57,16 @@ def exam(scene: Scene, seed: int) -> list[Question]:
     present = list(scene.counts)
     absent = [absent_kind(scene, rng) for _ in range(ABSENT_PER_SCENE)]
     relations = relation_questions(scene)
+    rng.shuffle(relations)
+    something = [q for q in relations if q.answer != "nothing"]
+    nothing = [q for q in relations if q.answer == "nothing"]
     return [
         caption_question(scene),
         *(detect_question(scene, [kind]) for kind in [*present, *absent]),
-        *(count_question(scene, kind) for kind in present),
+        *(count_question(scene, kind) for kind in [*present, absent[0]]),
         *(presence_question(scene, kind) for kind in [rng.choice(present), absent[0]]),
-        *(rng.sample(relations, min(2, len(relations)))),
+        *something[:2],
+        *nothing[:1],
     ]
 
 
@@ -124,20 +129,32 @@ def average_precision(
     return float(judge.stats[1]), float(judge.stats[0])
 
 
-def evaluate(
-    model, tokenizer, seeds: Sequence[int], styles: Sequence[str] = STYLES
+def blind_answers(
+    scenes: Sequence[Scene], seeds: Sequence[int]
+) -> Iterator[tuple[int, Question, Generation]]:
+    """As `answer_all`, by one who never looks: a task's most common answer, always."""
+    exams = [exam(scene, seed) for scene, seed in zip(scenes, seeds, strict=True)]
+    common: dict[str, Counter] = {}
+    for question in (q for questions in exams for q in questions):
+        common.setdefault(question.task, Counter())[question.answer] += 1
+    for index, questions in enumerate(exams):
+        for question in questions:
+            ((answer, _),) = common[question.task].most_common(1)
+            yield index, question, Generation([0], [1.0], [answer])
+
+
+def score(
+    scenes: Sequence[Scene],
+    side: int,
+    answers: Iterable[tuple[int, Question, Generation]],
 ) -> dict[str, float]:
-    """All the numbers for scenes of these seeds, with stickers of these styles."""
-    vision = model.config.vision_config
-    side = vision.image_size
-    processor = PaliGemmaProcessor(tokenizer, vision.num_image_tokens, side)
-    scenes = [make_scene(seed, side, styles) for seed in seeds]
+    """All the numbers for (index of the scene, question, answer); boxes in pixels."""
     ids = {name: i + 1 for i, name in enumerate(all_kinds())}
     named, present = Counter(), Counter()
     right: dict[str, list[bool]] = {}
     boxes: list[dict] = []
     invalid = 0
-    for index, question, row in answer_all(model, processor, scenes, seeds):
+    for index, question, row in answers:
         right.setdefault(question.task, []).append(row.text == question.answer)
         if question.task == "caption":
             named += Counter({(index, k): 1 for k in parse_caption(row.text)})
@@ -161,8 +178,8 @@ def evaluate(
                         }
                     )
     ap50, ap = average_precision(scenes, boxes, side)
-    share = {task: sum(marks) / len(marks) for task, marks in right.items()}
-    answers = [mark for t in ("count", "relation", "presence") for mark in right[t]]
+    share = {task: sum(all_) / len(all_) for task, all_ in right.items()}
+    marks = [mark for t in ("count", "relation", "presence") for mark in right[t]]
     return {
         "scenes": len(scenes),
         "caption: kinds F1": f1(named, present),
@@ -171,7 +188,7 @@ def evaluate(
         "detect: AP50:95": ap,
         "detect absent: nothing": share["detect absent: nothing"],
         "detect: invalid objects": invalid,
-        "answers: right": sum(answers) / len(answers),
+        "answers: right": sum(marks) / len(marks),
         "answers: count": share["count"],
         "answers: relation": share["relation"],
         "answers: presence": share["presence"],
@@ -203,10 +220,20 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=len(HELD_OUT_SEEDS))
     arguments = parser.parse_args()
     model, tokenizer = load_hf_model(arguments.model_path)
+    vision = model.config.vision_config
+    side = vision.image_size
+    processor = PaliGemmaProcessor(tokenizer, vision.num_image_tokens, side)
     seeds = HELD_OUT_SEEDS[: arguments.scenes]
+    scenes = [make_scene(seed, side) for seed in seeds]
+    others = [make_scene(seed, side, [HELD_OUT_STYLE]) for seed in seeds]
     numbers = {
-        "styles trained on": evaluate(model, tokenizer, seeds),
-        "a style never trained on": evaluate(model, tokenizer, seeds, [HELD_OUT_STYLE]),
+        "styles trained on": score(
+            scenes, side, answer_all(model, processor, scenes, seeds)
+        ),
+        "a style never trained on": score(
+            others, side, answer_all(model, processor, others, seeds)
+        ),
+        "without looking": score(scenes, side, blind_answers(scenes, seeds)),
     }
     print(table(numbers))
     if arguments.write:

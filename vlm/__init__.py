@@ -1,7 +1,7 @@
 """A vision-language model from scratch, built chapter by chapter.
 
-This is the table of contents: each chapter's module and the public names in it. A module
-is imported when one of its names is first used, so that `import vlm` is quick.
+This is the table of contents: each chapter's module and the public names in it. A
+module is imported when one of its names is first used: `import vlm` is quick.
 """
 
 import lazy_loader

@@ -136,7 +136,7 @@ def sincos_positions(side: int, width: int) -> Float[Tensor, "N D"]:
 
 
 def fourier_locs(width: int) -> Float[Tensor, "1024 D"]:
-    """Vectors of length 1 for the loc tokens in which neighbours are alike.
+    """Vectors of length 1 for the loc tokens in which neighbors are alike.
 
     Waves of their coordinate, from half a period over the picture to 64 periods, and a
     part common to all of them that says "I am a coordinate".
@@ -239,7 +239,7 @@ def patch_targets(
     """What each patch shows: a kind's index (0 background) and its thing's box.
 
     A patch shows the thing that most of its pixels belong to, if that is at least
-    `share` of them. Boxes are (x0, y0, x1, y1) as offsets from the patch's centre, in
+    `share` of them. Boxes are (x0, y0, x1, y1) as offsets from the patch's center, in
     shares of the side; zeros for background.
     """
     size = scene.image.width
