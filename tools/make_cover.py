@@ -20,7 +20,7 @@ COVER = Path(__file__).parents[1] / "book" / "images" / "cover.png"
 SIDE, MARGIN, TEXT = 320, 16, 92
 PANELS = (  # place among the held-out scenes, prompt
     (417, "caption en"),
-    (417, "detect owl"),
+    (417, "detect elephant"),
     (417, "answer en is there an owl?"),
 )
 PROMPT_COLOR, ANSWER_COLOR, INK, PAPER = "#B87A00", "#007A59", "#222222", "#FFFFFF"
