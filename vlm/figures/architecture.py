@@ -92,7 +92,7 @@ def _draw_box(box: Box, lit: bool) -> str:
     fill = color if lit else "var(--vlm-paper, #fff)"
     holds_others = box.module == "gemma"
     middle = box.x + box.width / 2
-    size = 11.5 if box.width < 100 or len(box.title) > 14 else 12
+    size = 10.5 if len(box.title) > 14 else 11.5 if box.width < 100 else 12
     if holds_others:
         baseline = box.y + 22
     elif box.detail:
