@@ -36,18 +36,30 @@ from vlm.weights import find_checkpoint
 
 NEW_TOKENS = 32
 
+# Linux keeps a process's own peak in VmHWM; ru_maxrss starts at its parent's there.
 PEAK_MEMORY = """
 import resource, sys
-{imports}
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-{load}
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+from pathlib import Path
+from transformers import AutoTokenizer
+from transformers import PaliGemmaForConditionalGeneration as Model
+from vlm import load_hf_model
+
+def peak():
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0])
+    unit = 1024 if sys.platform == "darwin" else 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
+
+AutoTokenizer.from_pretrained(sys.argv[1])  # the imports of both
+before = peak()
+model = {load}
+for parameter in model.parameters():
+    parameter.sum().item()  # a mapped file takes memory when it is read
+print(peak() - before)
 """
-LOAD_OURS = ("from vlm import load_hf_model", "load_hf_model(sys.argv[1], 'cpu')")
-LOAD_REFERENCE = (
-    "import torch\nfrom transformers import PaliGemmaForConditionalGeneration as Model",
-    "Model.from_pretrained(sys.argv[1])",
-)
+LOAD_OURS = "load_hf_model(sys.argv[1], 'cpu')[0]"
+LOAD_REFERENCE = "Model.from_pretrained(sys.argv[1])"
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -74,13 +86,12 @@ def compare(
     }
 
 
-def peak_memory(imports: str, load: str, folder: Path) -> float:
-    """MiB that a fresh process needs on top of its imports to load a checkpoint."""
-    program = PEAK_MEMORY.format(imports=imports, load=load)
+def peak_memory(load: str, folder: Path) -> float:
+    """MiB that a fresh process needs to load a checkpoint and read every weight."""
+    program = PEAK_MEMORY.format(load=load)
     command = [sys.executable, "-c", program, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    unit = 2**20 if sys.platform == "darwin" else 2**10  # ru_maxrss: bytes on macOS
-    return int(done.stdout.split()[-1]) / unit
+    return int(done.stdout.split()[-1]) / 1024
 
 
 @torch.no_grad()
@@ -192,8 +203,8 @@ def memory(tokenizer_folder: Path) -> dict[str, float]:
         folder = Path(scratch)
         save_hf_model(PaliGemmaForConditionalGeneration(config), tokenizer, folder)
         size = sum(f.stat().st_size for f in folder.glob("*.safetensors")) / 2**20
-        ours = peak_memory(*LOAD_OURS, folder)
-        reference = peak_memory(*LOAD_REFERENCE, folder)
+        ours = peak_memory(LOAD_OURS, folder)
+        reference = peak_memory(LOAD_REFERENCE, folder)
     return {"file_mib": size, "ours": ours / size, "transformers": reference / size}
 
 
@@ -217,9 +228,8 @@ def main() -> None:
             f"   {row['lowest']:.2f} … {row['highest']:.2f}"
         )
     needed = memory(folder)
-    print(
-        f"\npeak memory to load a file of {needed['file_mib']:.0f} MiB, in file sizes"
-    )
+    size = f"{needed['file_mib']:.0f} MiB"
+    print(f"\npeak memory to load and read a file of {size}, in file sizes")
     print(f"  ours {needed['ours']:.2f}, transformers {needed['transformers']:.2f}")
     if arguments.output:
         numbers = {"threads": threads, "speed": rows, "memory": needed}
