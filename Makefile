@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 
 # What `make demo` looks at, asks for and writes.
 DEMO_IMAGE ?= vlm/assets/examples/scene.png
-DEMO_PROMPT ?= detect elephant
+DEMO_PROMPT ?= detect owl
 DEMO_OUTPUT ?= demo.png
 
 # Quiet, repeatable kernels: no progress bars, no warnings about forks and debuggers.

@@ -1,7 +1,6 @@
 """The script that judges a checkpoint, on answers whose marks are known."""
 
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -10,10 +9,18 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import evaluate
 
-from vlm.scenes import HELD_OUT_SEEDS, all_kinds, make_scene
+from vlm.mask_tokens import MaskDecoder, MaskVQVAE
+from vlm.sampling import Generation
+from vlm.scenes import HELD_OUT_SEEDS, all_kinds, make_scene, segment_question
+from vlm.weights import EMBEDDED
 
 SCENES = [make_scene(seed, 64) for seed in HELD_OUT_SEEDS[:6]]
 IDS = {name: i + 1 for i, name in enumerate(all_kinds())}
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    return MaskDecoder.from_pretrained(EMBEDDED)
 
 
 def perfect_boxes():
@@ -40,10 +47,41 @@ def test_exam_is_the_same_every_time_and_asks_for_absent_things():
         assert asked == len(scene.counts) + evaluate.ABSENT_PER_SCENE
 
 
-def test_f1():
-    assert evaluate.f1(Counter("ab"), Counter("ab")) == 1
-    assert evaluate.f1(Counter("abcd"), Counter("ab")) == pytest.approx(2 / 3)
-    assert evaluate.f1(Counter(), Counter("a")) == 0
+def said(write):
+    """(scene, question, answer) for the whole exam; `write` makes the answers."""
+    for index, (seed, scene) in enumerate(zip(HELD_OUT_SEEDS, SCENES, strict=False)):
+        for question in evaluate.exam(scene, seed):
+            yield index, question, Generation([0], [1.0], [write(scene, question)])
+
+
+def test_one_who_knows_everything_gets_full_marks(decoder):
+    vqvae = MaskVQVAE.from_pretrained(EMBEDDED)
+
+    def write(scene, question):
+        if question.task == "segment":
+            kinds = [question.prompt.removeprefix("segment ")]
+            return segment_question(scene, kinds, vqvae.encode_mask).answer
+        return question.answer
+
+    numbers = evaluate.score(SCENES, 64, said(write), decoder)
+    assert 0.85 < numbers.pop("segment: mean IoU") < 1  # sixteen tokens lose a little
+    assert numbers.pop("scenes") == len(SCENES)
+    for name, value in numbers.items():
+        assert value == (0 if "invalid" in name else 1), name
+
+
+def test_one_who_says_nothing_is_right_about_absent_things_alone(decoder):
+    numbers = evaluate.score(SCENES, 64, said(lambda *_: ""), decoder)
+    right = {name for name, value in numbers.items() if value and name != "scenes"}
+    assert right == {"detect absent: nothing", "segment absent: nothing"}
+    assert all(numbers[name] == 1 for name in right)
+
+
+def test_half_an_object_is_counted_as_invalid(decoder):
+    numbers = evaluate.score(SCENES, 64, said(lambda *_: "<loc0001> owl"), decoder)
+    tasks = [question.task for _, question, _ in said(lambda *_: "")]
+    for task in ("detect", "segment"):
+        assert numbers[f"{task}: invalid objects"] == tasks.count(task)
 
 
 def test_perfect_boxes_have_perfect_precision():

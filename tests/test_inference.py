@@ -5,7 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from reference import randomize, tiny_config
 
@@ -13,13 +15,16 @@ import vlm.sampling
 import vlm.weights
 from vlm.detection import Detection, ParsedObjects
 from vlm.inference import build_parser, format_table, main, test_inference
+from vlm.mask_tokens import DECODER_FILE, MaskDecoder
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
 from vlm.sampling import Generation, generate
+from vlm.segmentation import Segmentation
 from vlm.weights import load_hf_model, save_hf_model
 
 OWL = ("<loc0000>", "<loc0341>", "<loc0682>", "<loc1023>", " owl")
 NO_BOX = (" ;", " ", "<loc0001>", " owl")
+SEGS = ("<seg007>",) * 16
 HALF = 0.5
 
 
@@ -38,12 +43,25 @@ def checkpoint(tmp_path_factory, request):
     return folder
 
 
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory):
+    """The folder of a mask decoder whose masks fill their boxes."""
+    decoder = MaskDecoder()
+    with torch.no_grad():
+        decoder.decoder[-1].weight.zero_()
+        decoder.decoder[-1].bias.fill_(1)
+    folder = tmp_path_factory.mktemp("masks")
+    decoder.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def in_a_folder(tmp_path, monkeypatch):
     """Every test works in a folder of its own, with a picture and what is none."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (300, 600), "white").save("picture.png")
     (tmp_path / "letter.jpg").write_text("Dear picture")
+    (tmp_path / "empty").mkdir()
 
 
 @pytest.fixture
@@ -85,7 +103,7 @@ def test_boxes_are_streamed_listed_and_drawn(checkpoint, says, capsys):
         "".join((*OWL, *NO_BOX)),
         "label   x0  y0   x1   y1  score",
         "owl    100   0  300  400   0.50",
-        "1 left out: no valid box",
+        "1 left out: no valid box or mask",
     ]
     assert err.splitlines()[0] == "wrote out.png"
     assert f"answered by {checkpoint}" in err and ", cpu" in err
@@ -144,7 +162,10 @@ def test_boxes_are_in_pixels_of_the_upright_picture(checkpoint, says, capsys):
 def test_an_answer_that_was_cut_is_called_so(checkpoint, says, capsys):
     says("two", " owls", ends=False)
     main(ask("caption en", "--model_path", str(checkpoint)))
-    assert "cut after 2 tokens: --max_tokens_to_generate" in capsys.readouterr().err
+    assert (
+        "cut after 2 tokens: max_tokens_to_generate allows more"
+        in capsys.readouterr().err
+    )
 
 
 def test_the_text_is_what_generate_gives(checkpoint, capsys):
@@ -184,14 +205,69 @@ def test_sampling_options_without_sampling_are_called_idle(checkpoint, says, cap
     assert "--top_p counts only with --do_sample True" in capsys.readouterr().err
 
 
-def test_segment_on_another_model_shows_boxes_and_says_what_is_missing(
-    checkpoint, says, capsys
-):
-    says(*OWL[:4], *["<seg007>"] * 16, OWL[4])
-    assert main(ask("segment owl", "--model_path", str(checkpoint))) == 0
+def test_masks_are_listed_and_drawn(checkpoint, masks, says, capsys):
+    says(*OWL[:4], *SEGS, OWL[4], " ;", *OWL)  # the second has no mask
+    words = ("--model_path", str(checkpoint), "--mask_decoder", str(masks))
+    assert main(ask("segment owl", *words, "--output", "out.png")) == 0
     out, err = capsys.readouterr()
-    assert "owl    100   0  300  400" in out
-    assert "only boxes are shown" in err and "--mask_decoder" in err
+    assert out.splitlines()[1:] == [
+        "label   x0  y0   x1   y1   mask  score",
+        "owl    100   0  300  400  80000   0.50",
+        "1 left out: no valid box or mask",
+    ]
+    assert "wrote out.png\n" in err
+    with Image.open("out.png") as drawn:
+        assert drawn.size == (300, 600)
+        inside, outside = drawn.getpixel((200, 300)), drawn.getpixel((50, 500))
+    assert inside != (255, 255, 255) and outside == (255, 255, 255)
+
+
+def test_the_decoder_beside_the_checkpoint_is_taken(checkpoint, masks, says, capsys):
+    says(*OWL[:4], *SEGS, OWL[4])
+    beside = checkpoint / DECODER_FILE
+    beside.write_bytes((masks / DECODER_FILE).read_bytes())
+    try:
+        assert main(ask("segment owl", "--model_path", str(checkpoint))) == 0
+    finally:
+        beside.unlink()
+    assert "80000" in capsys.readouterr().out
+
+
+def test_the_embedded_model_segments_and_says_what_it_knows(capsys):
+    assert main(ask("segment owl", "--only_cpu", "--max_tokens_to_generate", "2")) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("nothing found\n") or "left out" in out
+    said = " ".join(err.splitlines()[-1].split())
+    assert "about a hundred kinds of sticker and nothing else" in said
+    assert "in a photograph it sees stickers" in said
+
+
+def test_another_model_isnt_said_to_know_stickers(checkpoint, says, capsys):
+    says("two")
+    main(ask("caption en", "--model_path", str(checkpoint)))
+    assert "sticker" not in capsys.readouterr().err
+
+
+def test_a_mask_decoder_without_segment_is_called_idle(checkpoint, says, capsys):
+    says("two")
+    words = ("--model_path", str(checkpoint), "--mask_decoder", "none.npz")
+    assert main(ask("caption en", *words)) == 0
+    assert "--mask_decoder counts only with" in capsys.readouterr().err
+
+
+def test_segment_from_python_needs_a_decoder(checkpoint):
+    model, tokenizer = load_hf_model(checkpoint, "cpu")
+    processor = PaliGemmaProcessor(tokenizer, 4, 28)
+    with pytest.raises(ValueError, match="load_mask_decoder"):
+        test_inference(model, processor, "cpu", "segment owl", "picture.png")
+
+
+def test_a_prompt_of_no_known_task_gets_a_remark(checkpoint, says, capsys):
+    says("two")
+    assert main(ask("What is this?", "--model_path", str(checkpoint))) == 0
+    assert "'What' begins no prompt" in capsys.readouterr().err
+    assert main(ask("ocr", "--model_path", str(checkpoint))) == 0
+    assert "begins no prompt" not in capsys.readouterr().err
 
 
 def test_a_table_keeps_its_columns():
@@ -202,9 +278,16 @@ def test_a_table_keeps_its_columns():
         "hot dog   1  21  300  4000   0.88",
         "a b       0   0    1     1   1.00",
     ]
+    mask = np.zeros((5, 3000), dtype=bool)
+    mask[:, :2345] = True
+    things = [Segmentation("owl", (0.0, 0.0, 2345.0, 5.0), mask)]
+    assert format_table(ParsedObjects(things)).splitlines() == [
+        "label  x0  y0    x1  y1   mask  score",
+        "owl     0   0  2345   5  11725   1.00",
+    ]
     assert format_table(ParsedObjects([], invalid=2)).splitlines() == [
         "nothing found",
-        "2 left out: no valid box",
+        "2 left out: no valid box or mask",
     ]
 
 
@@ -230,7 +313,10 @@ def test_help_is_quick_and_honest():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, "--help failed, or brought torch along"
-    assert "hundred kinds of sticker\nand nothing else of the world" in done.stdout
+    said = " ".join(done.stdout.split())
+    assert "a hundred kinds of sticker and nothing else of the world" in said
+    assert "shown a photograph, it sees stickers in it" in said
+    assert '--prompt "segment owl"' in said and "vae-oid.npz" in said
     for flag in ("--prompt", "--output", "--only_cpu", "--mask_decoder", "--seed"):
         assert flag in done.stdout
 
@@ -265,9 +351,13 @@ MISTAKES = [
     (ask("x", "--output", "out.txt"), "must be a file that ends in .png or .jpg"),
     (ask("x", "--output", "out"), "must be a file that ends in .png or .jpg"),
     (ask("x", "--output", "picture.png"), "is the picture itself"),
-    (ask("segment owl"), "can't segment yet: masks come with chapter 16"),
-    (ask("segment owl"), 'for boxes ask "detect owl"'),
-    (ask("segment owl", "--mask_decoder", "m.npz"), "--mask_decoder has no use yet"),
+    (ask("detect"), 'detect what? Name it, as in "detect owl"'),
+    (ask(" segment "), "segment what?"),
+    (ask("segment owl", "--mask_decoder", "no.npz"), "no.npz"),
+    (ask("segment owl", "--mask_decoder", "letter.jpg"), "letter.jpg"),
+    (ask("segment owl", "--mask_decoder", "empty"), "in empty"),
+    (ask("segment owl", "--model_path", "empty"), "no mask decoder"),
+    (ask("segment owl", "--model_path", "empty"), "vae-oid.npz"),
 ]
 
 
@@ -296,7 +386,6 @@ def test_the_picture_is_never_overwritten(capsys):
 
 
 def test_a_model_that_is_not_there(tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
     for path in ("no/such/folder", "empty", "letter.jpg"):
         check_mistake(ask("x", "--model_path", path), path, capsys)
 

@@ -230,11 +230,18 @@ def test_the_eyes_look_once():
     assert cache.num_items() == mask.shape[1]
 
 
+def test_labels_need_a_next_token_among_the_kept(model):
+    inputs = random_inputs(model.config, (3,), (2,))
+    with pytest.raises(ValueError, match="no next token to learn"):
+        model(**inputs, logits_to_keep=1)
+    assert torch.isfinite(model(**inputs, logits_to_keep=2)["loss"])
+
+
 @torch.no_grad()
 def test_logits_to_keep(model):
     inputs = random_inputs(model.config, (5, 3), (3, 3))
     everything = model(**inputs)
-    for n in (1, 4):
+    for n in (2, 4):
         kept = model(**inputs, logits_to_keep=n)
         assert kept["logits"].shape[1] == n
         close(kept["logits"], everything["logits"][:, -n:])

@@ -459,3 +459,14 @@ def test_other_things_are_no_pictures():
     unchecked = load_image.__wrapped__  # without the tests' own type checks
     with pytest.raises(ValueError, match="a PIL image, a path or an array, not int"):
         unchecked(3)
+
+
+def test_a_damaged_orientation_is_no_reason_to_refuse_the_picture(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "damaged.jpg"
+    Image.new("RGB", (20, 10), "red").save(path, exif=exif)
+    data = path.read_bytes()
+    start = data.index(b"Exif\0\0") + 6
+    path.write_bytes(data[:start] + b"XX" + data[start + 2 :])
+    assert load_image(path).size == (20, 10)

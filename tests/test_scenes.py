@@ -443,7 +443,12 @@ def test_directions_recomputed(scenes):
 # Sampling
 
 
-@pytest.mark.parametrize("task", TASKS)
+def stripes(mask):
+    """A stand-in for the mask encoder: sixteen codes that depend on the crop."""
+    return [mask.shape[i % 2] % 128 for i in range(16)]
+
+
+@pytest.mark.parametrize("task", [*TASKS, "segment"])
 def test_samples_are_right_and_repeatable(scenes, task):
     ask = {"count": count_question, "presence": presence_question}
     asked = {  # task → prompt → kind
@@ -453,11 +458,14 @@ def test_samples_are_right_and_repeatable(scenes, task):
     rng, again = random.Random(5), random.Random(5)
     empty = 0
     for scene in scenes:
-        question = sample_question(scene, task, rng)
-        assert question == sample_question(scene, task, again)
-        if task == "detect":
-            kinds = question.prompt.removeprefix("detect ").split(" ; ")
-            assert question == detect_question(scene, kinds)
+        question = sample_question(scene, task, rng, stripes)
+        assert question == sample_question(scene, task, again, stripes)
+        if task in ("detect", "segment"):
+            kinds = question.prompt.removeprefix(f"{task} ").split(" ; ")
+            if task == "detect":
+                assert question == detect_question(scene, kinds)
+            else:
+                assert question == segment_question(scene, kinds, stripes)
             empty += question.answer == ""
         elif task == "relation" and question.task == "relation":
             assert question in relation_questions(scene)
@@ -467,7 +475,8 @@ def test_samples_are_right_and_repeatable(scenes, task):
             kind = asked[question.task][question.prompt]
             assert question == ask[question.task](scene, kind)
             empty += question.answer in ("0", "no")
-    share = {"detect": 0.2, "count": 0.2, "presence": 0.5}.get(task)
+    shares = {"detect": 0.1, "segment": 0.1, "count": 0.2, "presence": 0.5}
+    share = shares.get(task)
     if share:
         assert abs(empty / len(scenes) - share) < 0.08
 
@@ -478,9 +487,10 @@ def test_relations_fall_back_to_presence():
     assert question.task == "presence"
 
 
-def test_unknown_task():
-    with pytest.raises(ValueError, match="unknown task 'juggle'; expected caption"):
-        sample_question(make_scene(0), "juggle", random.Random(0))
+@pytest.mark.parametrize("task", ["juggle", "segment"])  # segment lacks its encoder
+def test_unknown_task(task):
+    with pytest.raises(ValueError, match=f"no question for task '{task}': it is one"):
+        sample_question(make_scene(0), task, random.Random(0))
 
 
 # The tokenizer

@@ -225,6 +225,29 @@ def test_items_depend_on_seed_and_index_alone(processor):
     assert not torch.equal(one[5]["pixel_values"], other[5]["pixel_values"])
 
 
+def test_with_a_mask_encoder_segment_is_among_the_questions(processor):
+    config = replace(CONFIG, patch_steps=0, questions_per_picture=6)
+    plain = SceneDataset(processor, 16, config)
+    masks = SceneDataset(processor, 16, config, encode_mask=lambda mask: [7] * 16)
+    seg = processor.tokenizer.convert_tokens_to_ids("<seg007>")
+    drawn = [int((masks[i]["input_ids"] == seg).sum()) for i in range(8)]
+    assert sum(drawn) >= 6 * 16 and all(count % 16 == 0 for count in drawn)
+    assert not any((plain[i]["input_ids"] == seg).any() for i in range(8))
+    # The same scene either way: only what is asked about it differs.
+    for i in range(8):
+        assert torch.equal(plain[i]["pixel_values"], masks[i]["pixel_values"])
+
+
+def test_rows_keep_to_their_limit(processor):
+    config = replace(CONFIG, patch_steps=0, questions_per_picture=8)
+    mask = dict(encode_mask=lambda mask: [7] * 16)
+    free = SceneDataset(processor, 16, replace(config, max_row_tokens=9999), **mask)
+    tight = SceneDataset(processor, 16, replace(config, max_row_tokens=120), **mask)
+    longest = [max(len(d[i]["input_ids"]) for i in range(8)) for d in (free, tight)]
+    assert longest[0] > 150 and longest[1] <= 120
+    assert all(tight[i]["question_ids"].max() >= 1 for i in range(8))
+
+
 def test_training_never_draws_a_held_out_seed(processor, monkeypatch):
     seen = []
     real = make_scene
@@ -349,6 +372,7 @@ def test_two_processes_have_the_loss_of_one(world_tokenizer, processor, tmp_path
     [
         (["--resume"], "no saved run"),
         (["--init", "nowhere"], "no folder nowhere"),
+        (["--mask_tokens", "nowhere"], "no mask_encoder.safetensors in nowhere"),
     ],
 )
 def test_command_line_errors_are_one_line(arguments, message, tmp_path, capsys):

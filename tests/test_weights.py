@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import vlm.weights
 from vlm.processing import PaliGemmaProcessor
 from vlm.weights import (
+    EMBEDDED,
     EMBEDDING,
     INDEX_FILE,
     SINGLE_FILE,
@@ -24,6 +25,7 @@ from vlm.weights import (
     choose_dtype,
     find_checkpoint,
     find_tensors,
+    load_chosen_model,
     load_hf_model,
     save_hf_model,
 )
@@ -515,3 +517,35 @@ def test_files_are_what_the_hub_has(checkpoint):
     assert TIED not in find_tensors(checkpoint)
     modes = {path.stat().st_mode for path in checkpoint.iterdir()}
     assert len(modes) == 1  # the weights may be read by whoever reads the config
+
+
+# The model that VLM_MODEL names
+
+
+def test_chosen_model_is_the_embedded_one_unless_another_is_named(monkeypatch):
+    monkeypatch.delenv("VLM_MODEL", raising=False)
+    model, tokenizer, about = load_chosen_model()
+    assert EMBEDDED.name in about and "nothing else" in about
+    assert str(model.dtype) in about and len(tokenizer) > 0
+
+
+def test_chosen_model_comes_from_a_folder_and_is_named(checkpoint, monkeypatch):
+    monkeypatch.setenv("VLM_MODEL", str(checkpoint))
+    loaded, _, about = load_chosen_model()
+    assert about.startswith(f"{checkpoint}: ") and "sticker" not in about
+    assert_same_weights(loaded.float().cpu(), load_hf_model(checkpoint, "cpu")[0])
+
+
+@pytest.mark.parametrize("name", ["/no/such/folder", "someone/something"])
+def test_a_chosen_model_that_cant_be_had_is_explained_and_replaced(
+    name, monkeypatch, capsys
+):
+    monkeypatch.setenv("VLM_MODEL", name)
+    _, _, about = load_chosen_model()
+    said = capsys.readouterr().out
+    assert f"VLM_MODEL={name} can't be used" in said
+    assert "goes on with the embedded model" in said and EMBEDDED.name in about
+    # What a hub id needs is said before anything is fetched.
+    assert ("6 GB of memory" in said.partition("can't be used")[0]) == (
+        name == "someone/something"
+    )

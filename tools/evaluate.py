@@ -7,10 +7,11 @@ table of its model card.
 
 Captions: F1 of the kinds named (over all scenes together), and the share that is right
 to the letter. Detection: every kind in a scene is asked for, and two that aren't there;
-average precision by pycocotools, objects ranked by their score. Answers: the share that
-is right to the letter. Nothing here is trained on, and nothing is tuned to it. For
-comparison, the same marks for one who never looks and always gives a task's most common
-answer.
+average precision by pycocotools, objects ranked by their score. Segmentation: every
+kind is asked for, and one that isn't there; mean IoU of the visible part over all true
+things, 0 for a missed one. Answers: the share that is right to the letter. Nothing here
+is trained on, and nothing is tuned to it. For comparison, the same marks for one who
+never looks and always gives a task's most common answer.
 """
 
 from __future__ import annotations
@@ -28,7 +29,15 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tqdm import tqdm
 
-from vlm import PaliGemmaProcessor, load_hf_model, parse_detections
+from vlm import (
+    MaskDecoder,
+    PaliGemmaProcessor,
+    load_hf_model,
+    parse_detections,
+    parse_segmentations,
+)
+from vlm.captioning import exact_share, kinds_f1
+from vlm.detection import Detection
 from vlm.sampling import Generation, generate_tokens
 from vlm.scenes import (
     HELD_OUT_SEEDS,
@@ -41,13 +50,14 @@ from vlm.scenes import (
     count_question,
     detect_question,
     make_scene,
-    parse_caption,
     presence_question,
     relation_questions,
 )
+from vlm.segmentation import Segmentation, load_mask_decoder, mean_iou
 from vlm.weights import find_checkpoint
 
 ABSENT_PER_SCENE = 2
+LONGEST_ANSWER = 160  # tokens: seven things with their masks
 START, END = "<!-- numbers -->", "<!-- /numbers -->"
 
 
@@ -63,6 +73,8 @@ def exam(scene: Scene, seed: int) -> list[Question]:
     return [
         caption_question(scene),
         *(detect_question(scene, [kind]) for kind in [*present, *absent]),
+        # Masks are judged by their pixels: no answer to compare them with is needed.
+        *(Question("segment", f"segment {k}", "") for k in [*present, absent[0]]),
         *(count_question(scene, kind) for kind in [*present, absent[0]]),
         *(presence_question(scene, kind) for kind in [rng.choice(present), absent[0]]),
         *something[:2],
@@ -79,15 +91,11 @@ def answer_all(
         inputs = processor(
             [q.prompt for q in questions], [scene.image] * len(questions)
         )
-        rows = generate_tokens(model, processor.tokenizer, inputs, max_new_tokens=64)
+        rows = generate_tokens(
+            model, processor.tokenizer, inputs, max_new_tokens=LONGEST_ANSWER
+        )
         for question, row in zip(questions, rows, strict=True):
             yield index, question, row
-
-
-def f1(found: Counter, truth: Counter) -> float:
-    """Harmonic mean of precision and recall of two bags of names."""
-    right = (found & truth).total()
-    return 2 * right / max(found.total() + truth.total(), 1)
 
 
 def average_precision(
@@ -143,55 +151,66 @@ def blind_answers(
             yield index, question, Generation([0], [1.0], [answer])
 
 
+def as_result(index: int, found: Detection) -> dict:
+    """A found box as pycocotools wants it."""
+    x0, y0, x1, y1 = found.box
+    return {
+        "image_id": index,
+        "category_id": list(all_kinds()).index(found.label) + 1,
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+        "score": found.score,
+    }
+
+
 def score(
     scenes: Sequence[Scene],
     side: int,
     answers: Iterable[tuple[int, Question, Generation]],
+    decoder: MaskDecoder,
 ) -> dict[str, float]:
     """All the numbers for (index of the scene, question, answer); boxes in pixels."""
-    ids = {name: i + 1 for i, name in enumerate(all_kinds())}
-    named, present = Counter(), Counter()
-    right: dict[str, list[bool]] = {}
+    said: dict[str, list[tuple[str, str]]] = {}  # task → (answer, truth) pairs
+    captions: dict[int, str] = {}
     boxes: list[dict] = []
-    invalid = 0
+    masks: list[list[Segmentation]] = [[] for _ in scenes]
+    nothing: dict[str, list[bool]] = {"detect": [], "segment": []}  # asked for absent
+    invalid = Counter()
     for index, question, row in answers:
-        right.setdefault(question.task, []).append(row.text == question.answer)
-        if question.task == "caption":
-            named += Counter({(index, k): 1 for k in parse_caption(row.text)})
-            present += Counter({(index, k): 1 for k in scenes[index].counts})
-        elif question.task == "detect":
-            objects = parse_detections(row, side, side)
-            invalid += objects.invalid
-            asked = question.prompt.removeprefix("detect ")
-            right.setdefault("detect absent: nothing", [])
-            if asked not in scenes[index].counts:
-                right["detect absent: nothing"].append(not objects)
-            for found in objects:
-                x0, y0, x1, y1 = found.box
-                if found.label in ids:
-                    boxes.append(
-                        {
-                            "image_id": index,
-                            "category_id": ids[found.label],
-                            "bbox": [x0, y0, x1 - x0, y1 - y0],
-                            "score": found.score,
-                        }
-                    )
+        task = question.task
+        if task in nothing:
+            if task == "detect":
+                found = parse_detections(row, side, side)
+                boxes += [as_result(index, d) for d in found if d.label in all_kinds()]
+            else:
+                found = parse_segmentations(row, side, side, decoder)
+                masks[index] += found
+            invalid[task] += found.invalid
+            if question.prompt.removeprefix(f"{task} ") not in scenes[index].counts:
+                nothing[task].append(not found)
+            continue
+        said.setdefault(task, []).append((row.text, question.answer))
+        if task == "caption":
+            captions[index] = row.text
     ap50, ap = average_precision(scenes, boxes, side)
-    share = {task: sum(all_) / len(all_) for task, all_ in right.items()}
-    marks = [mark for t in ("count", "relation", "presence") for mark in right[t]]
+    right = {task: exact_share(*zip(*pairs)) for task, pairs in said.items()}
+    short = [p for task in ("count", "relation", "presence") for p in said[task]]
     return {
         "scenes": len(scenes),
-        "caption: kinds F1": f1(named, present),
-        "caption: right to the letter": share["caption"],
+        "caption: kinds F1": kinds_f1(
+            [captions[i] for i in range(len(scenes))], scenes
+        ),
+        "caption: right to the letter": right["caption"],
         "detect: AP50": ap50,
         "detect: AP50:95": ap,
-        "detect absent: nothing": share["detect absent: nothing"],
-        "detect: invalid objects": invalid,
-        "answers: right": sum(marks) / len(marks),
-        "answers: count": share["count"],
-        "answers: relation": share["relation"],
-        "answers: presence": share["presence"],
+        "detect absent: nothing": sum(nothing["detect"]) / len(nothing["detect"]),
+        "detect: invalid objects": invalid["detect"],
+        "segment: mean IoU": mean_iou(masks, [scene.objects for scene in scenes]),
+        "segment absent: nothing": sum(nothing["segment"]) / len(nothing["segment"]),
+        "segment: invalid objects": invalid["segment"],
+        "answers: right": exact_share(*zip(*short)),
+        "answers: count": right["count"],
+        "answers: relation": right["relation"],
+        "answers: presence": right["presence"],
     }
 
 
@@ -216,6 +235,7 @@ def update_card(card: Path, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_path", help="default: the embedded checkpoint")
+    parser.add_argument("--mask_decoder", help="default: the one beside the model")
     parser.add_argument("--write", action="store_true", help="keep the numbers there")
     parser.add_argument("--scenes", type=int, default=len(HELD_OUT_SEEDS))
     arguments = parser.parse_args()
@@ -223,17 +243,18 @@ def main() -> None:
     vision = model.config.vision_config
     side = vision.image_size
     processor = PaliGemmaProcessor(tokenizer, vision.num_image_tokens, side)
+    decoder = load_mask_decoder(arguments.model_path, arguments.mask_decoder)
     seeds = HELD_OUT_SEEDS[: arguments.scenes]
     scenes = [make_scene(seed, side) for seed in seeds]
     others = [make_scene(seed, side, [HELD_OUT_STYLE]) for seed in seeds]
     numbers = {
         "styles trained on": score(
-            scenes, side, answer_all(model, processor, scenes, seeds)
+            scenes, side, answer_all(model, processor, scenes, seeds), decoder
         ),
         "a style never trained on": score(
-            others, side, answer_all(model, processor, others, seeds)
+            others, side, answer_all(model, processor, others, seeds), decoder
         ),
-        "without looking": score(scenes, side, blind_answers(scenes, seeds)),
+        "without looking": score(scenes, side, blind_answers(scenes, seeds), decoder),
     }
     print(table(numbers))
     if arguments.write:

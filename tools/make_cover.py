@@ -1,34 +1,45 @@
-"""Draw the README's picture: what the embedded model answers about three scenes.
+"""Draw the README's picture: what the embedded model answers to four prompts.
 
     python tools/make_cover.py
 
-Every word and box is the model's own answer to the prompt above it, on held-out scenes
-drawn at 320 px.
+Every word, box and mask is the model's own answer to the prompt above it, on held-out
+scenes drawn at 320 px.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm import PaliGemmaProcessor, generate, load_hf_model, parse_detections
+from vlm import (
+    PaliGemmaProcessor,
+    generate,
+    load_hf_model,
+    parse_detections,
+    parse_segmentations,
+)
 from vlm.detection import draw_detections
 from vlm.scenes import HELD_OUT_SEEDS, make_scene
+from vlm.segmentation import draw_segmentations, load_mask_decoder
 
 COVER = Path(__file__).parents[1] / "book" / "images" / "cover.png"
-SIDE, MARGIN, TEXT = 320, 16, 92
+SIDE, MARGIN, TEXT = 320, 16, 114
 PANELS = (  # place among the held-out scenes, prompt
     (417, "caption en"),
-    (417, "detect elephant"),
+    (417, "detect owl"),
+    (417, "segment elephant"),
     (417, "answer en is there an owl?"),
 )
 PROMPT_COLOR, ANSWER_COLOR, INK, PAPER = "#B87A00", "#007A59", "#222222", "#FFFFFF"
 
 
 def wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
-    """Break a text into lines no wider than `width` pixels."""
+    """Break a text into lines no wider than `width` pixels; of sixteen seg tokens three
+    are written out."""
     lines = [""]
+    text = re.sub(r"((?:<seg\d+>){3})(?:<seg\d+>){13}", r"\1 …", text)
     for word in text.replace("><", "> <").split(" "):
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width:
@@ -45,6 +56,7 @@ def main() -> None:
     processor = PaliGemmaProcessor(
         tokenizer, vision.num_image_tokens, vision.image_size
     )
+    decoder = load_mask_decoder()
     font = ImageFont.load_default(size=17)
     width = MARGIN + (SIDE + MARGIN) * len(PANELS)
     cover = Image.new("RGB", (width, SIDE + 2 * MARGIN + TEXT), PAPER)
@@ -53,9 +65,13 @@ def main() -> None:
         picture = make_scene(HELD_OUT_SEEDS[place], SIDE).image
         inputs = processor([prompt], [picture])
         (answer,) = generate(model, tokenizer, inputs, max_new_tokens=64)
-        found = parse_detections(answer, SIDE, SIDE) if "<loc" in answer else []
+        if "<seg" in answer:
+            found = parse_segmentations(answer, SIDE, SIDE, decoder)
+            picture = draw_segmentations(picture, found)
+        elif "<loc" in answer:
+            picture = draw_detections(picture, parse_detections(answer, SIDE, SIDE))
         left = MARGIN + number * (SIDE + MARGIN)
-        cover.paste(draw_detections(picture, found), (left, MARGIN))
+        cover.paste(picture, (left, MARGIN))
         lines = [(prompt, PROMPT_COLOR)]
         lines += [(line, ANSWER_COLOR) for line in wrap(answer, SIDE, font)]
         for row, (line, color) in enumerate(lines):

@@ -19,6 +19,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "paligemma": ["PaliGemmaForConditionalGeneration"],
         "sampling": ["generate", "stream"],
         "weights": ["load_hf_model", "save_hf_model"],
+        "mask_tokens": ["MaskDecoder"],
         "detection": ["parse_detections"],
+        "segmentation": ["parse_segmentations"],
     },
 )

@@ -1,56 +1,94 @@
-"""One command asks the model about a picture: words as they are made, boxes in a table
-and drawn.
+"""One command, or a playground of buttons, asks the model about any picture of yours.
 
 Built in notebooks/24_inference.ipynb: edit it there, then run `make export`.
 """
 
 import argparse
+import base64
 import difflib
+import functools
+import io
+import os
 import random
+import re
 import sys
+import threading
 from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from PIL import Image
     from torch import device as Device
 
     from .detection import ParsedObjects
+    from .mask_tokens import MaskDecoder
     from .paligemma import PaliGemmaForConditionalGeneration
-    from .processing import PaliGemmaProcessor
+    from .processing import ImageLike, PaliGemmaProcessor
     from .sampling import Generation, GenerationSettings
 
 __all__ = [
-    "MASKS_LATER",
     "ABOUT",
+    "TASKS",
+    "PREVIEW",
+    "STYLE",
+    "HALF",
     "read_switch",
     "OneLineParser",
     "build_parser",
     "parse_options",
     "check_output",
+    "check_prompt",
+    "check_decoder",
     "check_request",
     "make_settings",
-    "stream_answer",
+    "answer_steps",
+    "read_answer",
+    "draw_found",
     "note",
+    "remarks",
     "format_table",
+    "show_answer",
     "test_inference",
     "run",
+    "advice",
     "main",
+    "dressed",
+    "picture_html",
+    "token_strip",
+    "shipped_pictures",
+    "example_prompts",
+    "read_upload",
+    "Controls",
+    "connect",
+    "Easel",
+    "guarded",
+    "Playground",
+    "playground",
 ]
 
-MASKS_LATER = "masks come with chapter 16, and --mask_decoder will take their decoder"
 ABOUT = """
 Ask a vision-language model about a picture. The answer appears as it is made; boxes
-are listed in pixels of the picture and drawn into --output.
+and masks are listed in pixels of the picture and drawn into --output.
 
-Without --model_path the embedded model answers. It knows a hundred kinds of sticker
-and nothing else of the world: shown a photograph, it sees stickers in it. It
+Without --model_path the embedded model answers. It knows about a hundred kinds of
+sticker and nothing else of the world: shown a photograph, it sees stickers in it. It
 understands:
   caption en                              detect owl
   answer en how many owls are there?      detect owl ; pizza
+  answer en is there an owl?              segment owl ; pizza
 For photographs give --model_path a PaliGemma checkpoint: a folder, or a hub id such as
-google/paligemma-3b-mix-224.
+google/paligemma-3b-mix-224. To segment with it, give --mask_decoder the file that
+belongs to it: for Google's that is vae-oid.npz.
+
+Examples, each on one line:
+  python -m vlm.inference --prompt "caption en" --image_file_path scene.png
+  python -m vlm.inference --prompt "segment owl" --image_file_path scene.png
+      --output owl.png
+  python -m vlm.inference --prompt "segment cat" --image_file_path cat.jpg
+      --model_path google/paligemma-3b-mix-224 --mask_decoder vae-oid.npz
 """
 
 
@@ -83,9 +121,10 @@ def build_parser() -> OneLineParser:
     switch = dict(nargs="?", const=True, default=False, type=read_switch)
     add("--prompt", help='what to ask, in quotes: "detect owl"')
     add("--image_file_path", metavar="PICTURE", help="the picture to ask about")
-    add("--output", metavar="FILE", help="where to draw the boxes: a .png or .jpg")
+    add("--output", metavar="FILE", help="where to draw what was found: .png or .jpg")
     add("--model_path", metavar="P", help="folder or hub id; default: embedded model")
-    add("--mask_decoder", metavar="P", help="no use yet: masks come with chapter 16")
+    decoder = "an .npz or a folder; default: the file beside the model"
+    add("--mask_decoder", metavar="P", help=decoder)
     add(
         "--max_tokens_to_generate",
         metavar="N",
@@ -138,6 +177,29 @@ def check_output(output: Path, picture_path: Path) -> None:
         raise ValueError(f"--output {output} is the picture itself: give another name")
 
 
+# First words of the prompts that PaliGemma is trained on; the last four `pt` ones only.
+TASKS = ("caption", "answer", "detect", "segment", "cap", "describe", "ocr", "question")
+
+
+def check_prompt(prompt: str) -> str:
+    """The prompt's first word, its task; ValueError for a prompt that asks nothing."""
+    task, *things = prompt.split() or [""]
+    if not task:
+        raise ValueError('the prompt is empty: say what to ask, as in "caption en"')
+    if task in ("detect", "segment") and not things:
+        raise ValueError(f'{task} what? Name it, as in "{task} owl"')
+    return task
+
+
+def check_decoder(prompt: str, decoder: "MaskDecoder | None") -> None:
+    """Raise ValueError for `segment …` where there is no mask decoder."""
+    if check_prompt(prompt) == "segment" and decoder is None:
+        raise ValueError(
+            "segment needs the mask decoder that belongs to the model, and none was "
+            "given: load_mask_decoder reads it, or says which file that is"
+        )
+
+
 def check_request(
     prompt: str, image_file_path: str | Path, output: str | Path | None = None
 ) -> "Image.Image":
@@ -147,8 +209,7 @@ def check_request(
     """
     from .processing import load_image
 
-    if not prompt.strip():
-        raise ValueError('the prompt is empty: say what to ask, as in "caption en"')
+    check_prompt(prompt)
     picture = load_image(image_file_path)
     if output is not None:
         check_output(Path(output), Path(image_file_path))
@@ -180,29 +241,51 @@ def make_settings(
         raise ValueError(message) from None
 
 
-def stream_answer(
+def answer_steps(
     model: "PaliGemmaForConditionalGeneration",
     processor: "PaliGemmaProcessor",
     prompt: str,
     picture: "Image.Image",
     settings: "GenerationSettings",
-) -> "Generation":
-    """Ask, print the pieces of the answer as they are made, return all of it.
+) -> Iterator["Generation"]:
+    """Ask, and yield the answer after each token: one Generation that grows.
 
-    Raises ValueError, before anything is printed, where the answer may not fit.
+    Raises ValueError, before the first token, where the answer may not fit.
     """
     from .sampling import check_inputs, generation_steps
 
     inputs = processor(text=[prompt], images=[picture])
     check_inputs(model, inputs, settings)
-    tokenizer = processor.tokenizer
-    for (answer,) in generation_steps(model, tokenizer, inputs, settings):
-        print(answer.pieces[-1], end="", flush=True)
-    print()
-    if answer.token_ids[-1] != tokenizer.eos_token_id:
-        limit = len(answer.token_ids)
-        note(f"cut after {limit} tokens: --max_tokens_to_generate allows more")
-    return answer
+    for (answer,) in generation_steps(model, processor.tokenizer, inputs, settings):
+        yield answer
+
+
+def read_answer(
+    prompt: str,
+    answer: "Generation",
+    size: tuple[int, int],
+    decoder: "MaskDecoder | None" = None,
+) -> "ParsedObjects | None":
+    """What the answer found, in pixels of the picture of `size`, (width, height).
+
+    Detections for `detect …`, Segmentations for `segment …`, None for other tasks.
+    """
+    from .detection import parse_detections
+    from .segmentation import parse_segmentations
+
+    task = check_prompt(prompt)
+    if task == "segment":
+        return parse_segmentations(answer, *size, decoder)
+    return parse_detections(answer, *size) if task == "detect" else None
+
+
+def draw_found(picture: "Image.Image", found: "ParsedObjects | None") -> "Image.Image":
+    """A copy of the picture, with the boxes and masks of what was found."""
+    from .detection import draw_detections
+    from .segmentation import draw_segmentations
+
+    masks = any(hasattr(thing, "mask") for thing in found or ())
+    return (draw_segmentations if masks else draw_detections)(picture, found or ())
 
 
 def note(message: str) -> None:
@@ -210,11 +293,30 @@ def note(message: str) -> None:
     print(message, file=sys.stderr)
 
 
+def remarks(prompt: str, answer: "Generation", eos_token_id: int) -> list[str]:
+    """What to know about an answer: it was cut, or the prompt is of no known task."""
+    lines = []
+    if answer.token_ids[-1] != eos_token_id:
+        count = len(answer.token_ids)
+        lines.append(f"cut after {count} tokens: max_tokens_to_generate allows more")
+    if (task := check_prompt(prompt)) not in TASKS:
+        lines.append(
+            f"{task!r} begins no prompt that a PaliGemma is trained on: "
+            f"try {', '.join(TASKS[:3])} or {TASKS[3]}"
+        )
+    return lines
+
+
 def format_table(found: "ParsedObjects") -> str:
-    """Detections as lines of text: label, x0 y0 x1 y1 in pixels, score."""
-    rows = [("label", "x0", "y0", "x1", "y1", "score")]
+    """What was found as lines of text: label, x0 y0 x1 y1 in pixels, score.
+
+    Segmentations get a column more: how many pixels the mask has.
+    """
+    masks = any(hasattr(thing, "mask") for thing in found)
+    rows = [("label", "x0", "y0", "x1", "y1", *(["mask"] if masks else []), "score")]
     for thing in found:
-        pixels = (str(round(value)) for value in thing.box)
+        pixels = [str(round(value)) for value in thing.box]
+        pixels += [str(thing.mask.sum())] if masks else []
         rows.append((" ".join(thing.label.split()), *pixels, f"{thing.score:.2f}"))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = [
@@ -224,8 +326,35 @@ def format_table(found: "ParsedObjects") -> str:
     if not found:
         lines = ["nothing found"]
     if found.invalid:
-        lines.append(f"{found.invalid} left out: no valid box")
+        lines.append(f"{found.invalid} left out: no valid box or mask")
     return "\n".join(lines)
+
+
+def show_answer(
+    model: "PaliGemmaForConditionalGeneration",
+    processor: "PaliGemmaProcessor",
+    prompt: str,
+    picture: "Image.Image",
+    settings: "GenerationSettings",
+    decoder: "MaskDecoder | None" = None,
+    output: str | Path | None = None,
+) -> str:
+    """Print the answer as it is made, then its table; draw into `output`.
+
+    Everything has been checked but the prompt's length. Returns the text.
+    """
+    for answer in answer_steps(model, processor, prompt, picture, settings):
+        print(answer.pieces[-1], end="", flush=True)
+    print()
+    for line in remarks(prompt, answer, processor.tokenizer.eos_token_id):
+        note(line)
+    found = read_answer(prompt, answer, picture.size, decoder)
+    if found is not None:
+        print(format_table(found))
+    if output is not None:
+        draw_found(picture, found).save(output)
+        note(f"wrote {output}{'' if found else ', without a box'}")
+    return answer.text
 
 
 def test_inference(
@@ -241,30 +370,22 @@ def test_inference(
     top_k: int | None = None,
     seed: int | None = None,
     output: str | Path | None = None,
+    decoder: "MaskDecoder | None" = None,
 ) -> str:
     """Ask `model` on `device` about a picture; print the answer and return its text.
 
-    Boxes, where the answer has or should have some, are printed as a table in pixels of
-    the picture. `output`: where to save the picture with the boxes drawn.
+    Boxes and masks, where the answer has or should have some, are printed as a table in
+    pixels of the picture. `output`: where to save the picture with both drawn on it.
+    `decoder`: the model's mask decoder, which `segment …` needs.
     Raises FileNotFoundError and ValueError that say what to do.
     """
-    from .detection import draw_detections, parse_detections
-
     picture = check_request(prompt, image_file_path, output)
+    check_decoder(prompt, decoder)
     settings = make_settings(
         max_tokens_to_generate, temperature, top_p, do_sample, top_k, seed
     )
-    answer = stream_answer(model.to(device), processor, prompt, picture, settings)
-    wants_boxes = prompt.split()[0] in ("detect", "segment")
-    found = parse_detections(answer if wants_boxes else "", *picture.size)
-    if wants_boxes:
-        print(format_table(found))
-    if "<seg" in answer.text:
-        note(f"only boxes are shown: {MASKS_LATER}")
-    if output is not None:
-        draw_detections(picture, found).save(output)
-        note(f"wrote {output}{'' if found else ', without a box'}")
-    return answer.text
+    model = model.to(device)
+    return show_answer(model, processor, prompt, picture, settings, decoder, output)
 
 
 test_inference.__test__ = False  # the name is a habit of the field, not a test
@@ -272,66 +393,464 @@ test_inference.__test__ = False  # the name is a habit of the field, not a test
 
 def run(options: Namespace) -> None:
     """Do what the options ask, cheap checks first."""
-    task, _, rest = options.prompt.strip().partition(" ")
-    if options.mask_decoder is not None:
-        raise ValueError(f"--mask_decoder has no use yet: {MASKS_LATER}")
-    if task == "segment" and options.model_path is None:
-        raise ValueError(
-            f"the embedded model can't segment yet: {MASKS_LATER}; "
-            f'for boxes ask "detect {rest}"'
-        )
     shaping = ("temperature", "top_p", "top_k")
     idle = [name for name in shaping if getattr(options, name) is not None]
     repeatable = not options.do_sample or options.seed is not None
     seed = options.seed if repeatable else random.SystemRandom().randrange(2**32)
-    generation = dict(
-        max_tokens_to_generate=options.max_tokens_to_generate,
-        temperature=0.8 if options.temperature is None else options.temperature,
-        top_p=0.9 if options.top_p is None else options.top_p,
-        do_sample=options.do_sample,
-        top_k=options.top_k,
-        seed=seed,
+    settings = make_settings(
+        options.max_tokens_to_generate,
+        0.8 if options.temperature is None else options.temperature,
+        0.9 if options.top_p is None else options.top_p,
+        options.do_sample,
+        options.top_k,
+        seed,
     )
-    make_settings(**generation)
-    check_request(options.prompt, options.image_file_path, options.output)
+    prompt, output = options.prompt, options.output
+    picture = check_request(prompt, options.image_file_path, output)
     if idle and not options.do_sample:
         note(f"--{idle[0]} counts only with --do_sample True")
 
     # Imported late: `--help` and a misspelled option are answered without torch.
-    from .processing import PaliGemmaProcessor
-    from .weights import EMBEDDED, load_hf_model
+    decoder = None
+    if check_prompt(prompt) == "segment":
+        from .segmentation import load_mask_decoder
+
+        decoder = load_mask_decoder(options.model_path, options.mask_decoder)
+    elif options.mask_decoder is not None:
+        note('--mask_decoder counts only with a prompt like "segment owl"')
+
+    from .training import make_processor
+    from .weights import describe_model, load_hf_model
 
     device = "cpu" if options.only_cpu else "auto"
     model, tokenizer = load_hf_model(options.model_path, device)
-    vision = model.config.vision_config
-    test_inference(
-        model,
-        PaliGemmaProcessor(tokenizer, vision.num_image_tokens, vision.image_size),
-        model.device,
-        options.prompt,
-        options.image_file_path,
-        **generation,
-        output=options.output,
-    )
-    name = options.model_path or f"{EMBEDDED.name} (it knows only stickers)"
-    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-    drawn = "" if repeatable else f", --seed {seed}"
-    note(f"answered by {name}, {millions:,.1f} M weights, {model.device}{drawn}")
+    processor = make_processor(model, tokenizer)
+    show_answer(model, processor, prompt, picture, settings, decoder, output)
+    drawn = "" if repeatable else f"; again with --seed {seed}"
+    note(f"answered by {describe_model(model, options.model_path)}{drawn}")
+
+
+def advice(error: Exception) -> str | None:
+    """The line for a mistake of the user's; None for a fault of the program."""
+    if isinstance(error, (OSError, ValueError)):
+        return " ".join(str(error).split())
+    if isinstance(error, RuntimeError) and "out of memory" in str(error):
+        return "the model doesn't fit in the device's memory: try --only_cpu True"
+    return None
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status: 0, or 2 after one line of advice."""
     try:
         run(parse_options(argv))
-    except (OSError, ValueError) as error:
-        note(f"error: {' '.join(str(error).split())}")
-        return 2
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
+    except Exception as error:
+        line = advice(error)
+        if line is None:
             raise
-        note("error: the model doesn't fit in the device's memory: try --only_cpu True")
+        note(f"error: {line}")
         return 2
     return 0
+
+
+PREVIEW = 480  # the longest side of the picture on the page, in pixels
+STYLE = """<style>
+.vlm-play { color: var(--vlm-ink, var(--jp-ui-font-color1, inherit));
+  font-size: 14px; overflow-wrap: anywhere; }
+.vlm-play img { display: block; max-width: 100%; height: auto; margin: 0; }
+.vlm-play p { margin: .4em 0; line-height: 1.4; }
+.vlm-play ol { display: flex; flex-wrap: wrap; gap: 3px; margin: .4em 0; padding: 0; }
+.vlm-play li { list-style: none; margin: 0; padding: 1px 5px; border-radius: 3px;
+  color: #111; font: 13px/1.4 monospace; text-align: center; white-space: pre; }
+.vlm-play li small { display: block; font-size: 11px; }
+.vlm-play pre { margin: .4em 0; padding: 0; background: none; border: none;
+  color: inherit; font: 13px/1.4 monospace; overflow-x: auto; }
+.vlm-play .halves { display: flex; flex-wrap: wrap; gap: 1em; }
+.vlm-play .halves > div { flex: 1 1 20em; min-width: 0; }
+.vlm-play .mistake { border-left: 4px solid #D55E00; padding-left: .6em; }
+</style>"""
+
+
+def dressed(content: str) -> str:
+    """HTML in the playground's dress, light or dark as the page is."""
+    return f'{STYLE}<div class="vlm-play">{content}</div>'
+
+
+def picture_html(picture: "Image.Image", alt: str) -> str:
+    """A picture as HTML that carries it along, small; `alt` says what it shows."""
+    scale = PREVIEW / max(picture.size)
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    file = io.BytesIO()
+    picture.resize(size, reducing_gap=3.0).save(file, "jpeg", quality=85)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img alt="{escape(alt)}" src="data:image/jpeg;base64,{data}">'
+
+
+def token_strip(answer: "Generation", eos_token_id: int) -> str:
+    """The answer's tokens as an HTML list: text, probability, and green the surer."""
+    items = []
+    rows = zip(answer.token_ids, answer.pieces, answer.probabilities)
+    for token_id, piece, p in rows:
+        text = "end" if token_id == eos_token_id else piece.strip(" ") or "␣"
+        color = ",".join(str(round(255 + (c - 255) * p)) for c in (0, 158, 115))
+        items.append(
+            f'<li style="background:rgb({color})">{escape(text)}'
+            f"<small>{p:.2f}</small></li>"
+        )
+    name = "The tokens of the answer, each with its probability"
+    return f'<ol aria-label="{name}">{"".join(items)}</ol>'
+
+
+def shipped_pictures() -> dict[str, Path]:
+    """The pictures that come with the book: a scene, then the photographs, by name."""
+    from .scenes import ASSETS
+
+    folder = Path(str(ASSETS))
+    photos = sorted((folder / "photos").glob("*.jpg"))
+    pictures = {"the book's scene": folder / "examples" / "scene.png"}
+    return pictures | {f"photograph: {path.stem}": path for path in photos}
+
+
+def example_prompts(kinds: Sequence[str] = ()) -> list[str]:
+    """A prompt of each sort about these kinds of sticker, and one about an absent kind.
+
+    No kinds: about an owl and an elephant, which are in the book's scene.
+    """
+    from .scenes import all_kinds
+
+    kinds = kinds or ("owl", "elephant")
+    first, last = all_kinds()[kinds[0]], all_kinds()[kinds[-1]]
+    absent = next(name for name in all_kinds() if name not in kinds)
+    return [
+        "caption en",
+        f"detect {' ; '.join(kinds[:3])}",
+        f"segment {first.name}",
+        f"answer en how many {first.plural} are there?",
+        f"answer en is there {last.with_article}?",
+        f"answer en what is left of the {first.name}?",
+        f"detect {absent}",
+    ]
+
+
+def read_upload(content: bytes, name: str) -> "Image.Image":
+    """The bytes of a file → picture in RGB, upright; ValueError where they are none."""
+    from PIL import Image
+
+    from .processing import load_image
+
+    try:
+        with Image.open(io.BytesIO(content)) as opened:
+            return load_image(opened)
+    except (OSError, Image.DecompressionBombError):
+        raise ValueError(
+            f"{name} can't be read as a picture: it is damaged, too large or of an "
+            "unknown format; save it as PNG or JPEG"
+        ) from None
+
+
+HALF = {"flex": "1 1 20em", "padding": "0 1em 0 0"}  # side by side, if there is room
+
+
+class Controls:
+    """The left half of the playground: what is asked, and how."""
+
+    def __init__(self, shipped: dict[str, Path], room: int):
+        import ipywidgets as widgets
+
+        def field(kind: type, name: str, **settings: Any) -> Any:
+            look = dict(style={"description_width": "7em"}, layout={"width": "auto"})
+            return kind(description=name, **look, **settings)
+
+        self.shipped = shipped
+        self.pictures = field(widgets.Dropdown, "picture", options=list(shipped))
+        self.new_scene = widgets.Button(description="New scene", icon="random")
+        self.upload = widgets.FileUpload(description="Your picture", accept="image/*")
+        hint = "for a file of more than 10 MB"
+        typed = dict(placeholder=hint, continuous_update=False)  # not at each letter
+        self.path = field(widgets.Text, "or its path", **typed)
+        self.examples = field(widgets.Dropdown, "examples")
+        self.prompt = field(widgets.Text, "prompt", value="caption en")
+        self.do_sample = field(widgets.Checkbox, "draw tokens by chance")
+        heat, share = dict(min=0.0, max=2.0), dict(min=0.05, max=1.0, step=0.05)
+        self.temperature = field(widgets.FloatSlider, "temperature", value=0.8, **heat)
+        self.top_p = field(widgets.FloatSlider, "top_p", value=0.9, **share)
+        self.top_k = field(widgets.BoundedIntText, "top_k (0: all)", max=10**6)
+        self.seed = field(widgets.BoundedIntText, "seed", max=2**31 - 1)
+        most = max(1, min(300, room // 2))
+        size = dict(min=1, max=most, value=min(150, most))
+        self.max_tokens = field(widgets.IntSlider, "max tokens", **size)
+        look = dict(icon="play", button_style="primary")
+        self.run = widgets.Button(description="Run", **look)
+        self.stop = widgets.Button(description="Stop", icon="stop", disabled=True)
+
+        self.choosing = [self.pictures, self.new_scene, self.upload, self.path]
+        sampling = [self.temperature, self.top_p, self.top_k, self.seed]
+        for widget in sampling:
+            switch = (self.do_sample, "value"), (widget, "disabled")
+            widgets.dlink(*switch, lambda on: not on)
+        self.fields = [self.prompt, self.do_sample, *sampling, self.max_tokens]
+        rows = [self.pictures, widgets.HBox([self.new_scene, self.upload])]
+        rows += [self.path, self.examples, *self.fields]
+        rows += [widgets.HBox([self.run, self.stop])]
+        self.box = widgets.VBox(rows, layout=HALF)
+
+    def settings(self) -> "GenerationSettings":
+        """What the switch and the sliders say."""
+        shaping = (self.temperature.value, self.top_p.value, self.do_sample.value)
+        top_k = self.top_k.value or None
+        return make_settings(self.max_tokens.value, *shaping, top_k, self.seed.value)
+
+    def describe(self) -> str:
+        """What the fields say, a line each; those that are switched off don't count."""
+        on = [widget for widget in self.fields if not widget.disabled]
+        return "\n".join(f"{widget.description:24}{widget.value}" for widget in on)
+
+    def offer(self, prompts: Sequence[str]) -> None:
+        """Examples to choose from; the prompt stays until one is chosen."""
+        self.examples.options = [("choose one", ""), *((p, p) for p in prompts)]
+        self.examples.index = 0
+
+    def set_busy(self, busy: bool) -> None:
+        """While an answer is made only Stop acts, at other times all but Stop."""
+        for widget in (*self.choosing, self.run):
+            widget.disabled = busy
+        self.stop.disabled = not busy
+
+
+def connect(controls: Controls, playground: "Playground") -> None:
+    """Say which widget does what in the playground."""
+
+    def pick(name: str | None) -> None:
+        if name is not None:  # None: a picture was opened that isn't in the list
+            playground.open(controls.shipped[name], name)
+
+    def take_upload(files: Sequence[dict]) -> None:
+        for file in files:
+            playground.open(bytes(file["content"]), file["name"])
+
+    def take_path(path: str) -> None:
+        if path:
+            playground.open(path, Path(path).name)
+
+    def take_example(prompt: str) -> None:
+        controls.prompt.value = prompt or controls.prompt.value
+
+    def start() -> None:
+        if not controls.run.disabled:
+            controls.set_busy(True)
+            threading.Thread(target=playground.run, daemon=True).start()
+
+    for widget, act in (
+        (controls.pictures, pick),
+        (controls.upload, take_upload),
+        (controls.path, take_path),
+        (controls.examples, take_example),
+    ):
+        widget.observe(lambda change, act=act: act(change["new"]), "value")
+    controls.new_scene.on_click(lambda _: playground.new_scene())
+    controls.run.on_click(lambda _: start())
+    controls.stop.on_click(lambda _: playground.stopped.set())
+
+
+class Easel:
+    """The right half of the playground: a line, the picture, the answer."""
+
+    def __init__(self, about: str):
+        import ipywidgets as widgets
+
+        self.picture: Image.Image | None = None  # in its own size, upright
+        self.name = ""
+        self.line, self.view, self.text, self.about = outputs = [
+            widgets.HTML() for _ in range(4)
+        ]
+        self.about.value = dressed(f"<p><small>{escape(about)}</small></p>")
+        self.box = widgets.VBox(outputs, layout=HALF)
+
+    def open(self, picture: "ImageLike | bytes", name: str) -> None:
+        """Put up another picture: a path, an image, an array, or a file's bytes.
+
+        Raises FileNotFoundError and ValueError; the easel is empty then.
+        """
+        from .processing import load_image
+
+        self.picture = None  # nobody should ask about the last one by mistake
+        self.line.value = self.view.value = self.text.value = ""
+        is_file = isinstance(picture, bytes)
+        self.picture = read_upload(picture, name) if is_file else load_image(picture)
+        self.name = f"{name}, {self.picture.width} × {self.picture.height} pixels"
+        self.put_up(self.picture)
+        self.say(self.name)
+
+    def say(self, line: str, mistake: bool = False) -> None:
+        """The line above the picture, marked where it is about a mistake."""
+        kind = ' class="mistake" role="alert"' if mistake else ""
+        self.line.value = dressed(f"<p{kind}>{escape(line)}</p>")
+
+    def put_up(self, drawing: "Image.Image", found: Sequence = ()) -> None:
+        """The picture, small, with what was found on it."""
+        labels = ", ".join(thing.label for thing in found)
+        name = f"{self.name}; marked on it: {labels}" if found else self.name
+        self.view.value = dressed(picture_html(drawing, name))
+
+    def write(self, answer: "Generation", eos_token_id: int, table: str = "") -> None:
+        """The answer's words, all of its tokens, and a table."""
+        words = re.sub(r"<(loc|seg)\d+>", "", answer.text or "(nothing)")
+        parts = f"<p><b>{escape(words)}</b></p>{token_strip(answer, eos_token_id)}"
+        parts += f"<pre>{escape(table)}</pre>" if table else ""
+        self.text.value = dressed(parts)
+
+    def still(self, settings: str) -> str:
+        """Both halves as HTML for where no kernel runs; it says so."""
+        line = (
+            "What the playground showed when this page was made. Its buttons and "
+            "sliders need a kernel: open the notebook in Jupyter, VS Code or Colab."
+        )
+        left = self.line.value + self.view.value
+        right = dressed(f"<pre>{escape(settings)}</pre>")
+        right += self.text.value + self.about.value
+        halves = f'<div class="halves"><div>{left}</div><div>{right}</div></div>'
+        return dressed(f"<p><em>{line}</em></p>{halves}")
+
+
+def guarded(method: Callable) -> Callable:
+    """A mistake of the user's becomes a line in the playground, as in `main`."""
+
+    @functools.wraps(method)
+    def attempt(self: "Playground", *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            line = advice(error)
+            if line is None:
+                self.easel.say(f"a fault of the program: {error!r}", mistake=True)
+                raise
+            self.easel.say(line, mistake=True)
+
+    return attempt
+
+
+class Playground:
+    """Widgets that ask a model about a picture; the last line of a cell shows them.
+
+    `model` and `processor`: as for `test_inference`. `decoder`: for `segment …`.
+    `about`: who answers. All of it works from Python too: set values in `controls`,
+    call `open`, `new_scene` or `run`, and read `answer`, `found` and `drawing` (the
+    picture in its own size, with what was found). A mistake of the user's becomes a
+    line in the widgets, never an exception.
+    """
+
+    def __init__(
+        self,
+        model: "PaliGemmaForConditionalGeneration",
+        processor: "PaliGemmaProcessor",
+        decoder: "MaskDecoder | None" = None,
+        about: str = "",
+    ):
+        import ipywidgets as widgets
+
+        self.model, self.processor, self.decoder = model, processor, decoder
+        self.stopped = threading.Event()
+        positions = model.config.text_config.max_position_embeddings
+        shipped, room = shipped_pictures(), positions - processor.num_image_tokens
+        self.controls, self.easel = Controls(shipped, room), Easel(about)
+        connect(self.controls, self)
+        halves = [self.controls.box, self.easel.box]
+        self.panel = widgets.Box(halves, layout={"flex_flow": "row wrap"})
+        name, path = next(iter(shipped.items()))
+        self.open(path, name)
+
+    @guarded
+    def open(
+        self, picture: "ImageLike | bytes", name: str = "", kinds: Sequence[str] = ()
+    ) -> None:
+        """Ask about this from now on: a path, an image, an array, or a file's bytes.
+
+        `kinds`: the kinds of sticker in it, if known; the examples are about them.
+        """
+        self.answer = self.found = self.drawing = None
+        if name not in self.controls.shipped:
+            self.controls.pictures.index = None
+        self.controls.offer(example_prompts(kinds))
+        self.easel.open(picture, name or "your picture")
+
+    def new_scene(self, seed: int | None = None) -> None:
+        """Ask about a scene that training never saw."""
+        from .scenes import HELD_OUT_SEEDS, make_scene
+
+        seed = random.choice(HELD_OUT_SEEDS) if seed is None else seed
+        scene = make_scene(seed, PREVIEW)
+        self.open(scene.image, f"held-out scene {seed}", list(scene.counts))
+
+    @guarded
+    def run(self) -> "Generation":
+        """Ask what the controls say, until the end or Stop; returns the answer."""
+        prompt, picture = self.controls.prompt.value.strip(), self.easel.picture
+        end, settings = self.processor.tokenizer.eos_token_id, self.controls.settings()
+        self.answer = self.found = self.drawing = None
+        self.stopped.clear()
+        self.controls.set_busy(True)
+        try:
+            check_decoder(prompt, self.decoder)
+            if picture is None:
+                raise ValueError("there is no picture: choose one, or take yours")
+            self.easel.put_up(picture)
+            self.easel.say("reading the picture and the prompt …")
+            steps = answer_steps(self.model, self.processor, prompt, picture, settings)
+            for answer in steps:
+                self.easel.write(answer, end)
+                if self.stopped.is_set():
+                    break
+            found = read_answer(prompt, answer, picture.size, self.decoder)
+            self.answer, self.found = answer, found
+            if found is not None:
+                self.drawing = draw_found(picture, found)
+                self.easel.put_up(self.drawing, found)
+                self.easel.write(answer, end, format_table(found))
+            lines = remarks(prompt, answer, end)
+            if self.stopped.is_set():
+                lines = [f"stopped after {len(answer.token_ids)} tokens"]
+            self.easel.say("; ".join([self.easel.name, *lines]))
+        finally:
+            self.controls.set_busy(False)
+        return answer
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
+        "The widgets; and for where no kernel runs, a picture of them that says so."
+        still = self.easel.still(self.controls.describe())
+        return self.panel._repr_mimebundle_(**kwargs) | {"text/html": still}
+
+
+def playground(
+    model_path: str | os.PathLike | None = None,
+    mask_decoder: str | os.PathLike | None = None,
+) -> Playground:
+    """A Playground of the model at `model_path`, a folder or a hub id.
+
+    Without one: of the model that the variable VLM_MODEL names, else the embedded one.
+    `mask_decoder`: an .npz or a folder, for a checkpoint that has none beside it.
+    Raises what `load_hf_model` and `load_mask_decoder` raise.
+    """
+    from .segmentation import load_mask_decoder
+    from .training import make_processor
+    from .weights import describe_model, load_chosen_model, load_hf_model
+
+    if model_path is None:
+        wanted = os.environ.get("VLM_MODEL", "").strip()
+        model, tokenizer, about = load_chosen_model()
+        if about != describe_model(model):  # another than the embedded one
+            model_path = wanted
+        elif wanted:  # it can't be had, and the decoder belongs to it
+            mask_decoder = None
+    else:
+        model, tokenizer = load_hf_model(model_path)
+        about = describe_model(model, model_path)
+    decoder = None
+    try:
+        decoder = load_mask_decoder(model_path, mask_decoder)
+    except ValueError as error:
+        if mask_decoder is not None:
+            raise
+        about = f"{about}. No masks: {error}"
+    return Playground(model, make_processor(model, tokenizer), decoder, about)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,14 @@ __all__ = ["next_token_loss", "place_tokens", "PaliGemmaForConditionalGeneration
 def next_token_loss(
     logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy of each next token, in float32; labels of -100 don't count."""
+    """Mean cross-entropy of each next token, in float32; labels of -100 don't count.
+
+    Raises ValueError for a single position: it has no next token.
+    """
+    if labels.shape[1] < 2:
+        raise ValueError(
+            "one position has no next token to learn: keep at least 2 logits, or all"
+        )
     logits = logits[:, :-1].flatten(0, 1).float()  # [B * (T-1), V]
     targets = labels[:, 1:].flatten()  # position t predicts the token at t + 1
     return F.cross_entropy(logits, targets, ignore_index=-100)

@@ -183,7 +183,11 @@ def load_image(image: ImageLike) -> Image.Image:
         )
     if 0 in image.size:
         raise ValueError(f"the picture has no pixels: its size is {image.size}")
-    image = to_eight_bits(ImageOps.exif_transpose(image))
+    try:
+        image = ImageOps.exif_transpose(image)
+    except SyntaxError:
+        pass  # the note about orientation is damaged; the pixels aren't
+    image = to_eight_bits(image)
     if image.has_transparency_data:
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")

@@ -45,7 +45,7 @@ __all__ = [
     "PHOTOS",
     "ASSETS",
     "NUMBER_WORDS",
-    "MaskEncoder",
+    "EncodeMask",
     "SIDES",
     "Kind",
     "all_kinds",
@@ -457,11 +457,11 @@ def parse_caption(text: str) -> Counter[str]:
     return counts
 
 
-MaskEncoder = Callable[[Bool[np.ndarray, "h w"]], Sequence[int]]
+EncodeMask = Callable[[Bool[np.ndarray, "h w"]], Sequence[int]]
 
 
 def object_strings(
-    scene: Scene, kinds: Iterable[str], encode_mask: MaskEncoder | None = None
+    scene: Scene, kinds: Iterable[str], encode_mask: EncodeMask | None = None
 ) -> str:
     """The answer to `detect a ; b`: each thing's four loc tokens and label.
 
@@ -546,7 +546,7 @@ def detect_question(scene: Scene, kinds: Sequence[str]) -> Question:
 
 
 def segment_question(
-    scene: Scene, kinds: Sequence[str], encode_mask: MaskEncoder
+    scene: Scene, kinds: Sequence[str], encode_mask: EncodeMask
 ) -> Question:
     """`segment owl`: boxes and masks."""
     prompt = f"segment {' ; '.join(kinds)}"
@@ -584,13 +584,13 @@ def _maybe_absent(scene: Scene, share: float, rng: random.Random) -> str:
     return rng.choice(list(scene.counts))
 
 
-def _kinds_to_detect(scene: Scene, rng: random.Random) -> list[str]:
-    """One to three kinds of the scene, at times an absent one among them or alone."""
-    if rng.random() < 0.2:
+def _kinds_to_find(scene: Scene, most: int, rng: random.Random) -> list[str]:
+    """One to `most` kinds of the scene; in a tenth an absent one too, or alone."""
+    if rng.random() < 0.1:
         return [absent_kind(scene, rng)]
     present = list(scene.counts)
-    kinds = rng.sample(present, min(len(present), rng.choice((1, 1, 1, 2, 3))))
-    if rng.random() < 0.2:
+    kinds = rng.sample(present, min(len(present), rng.randint(1, most)))
+    if rng.random() < 0.1:
         kinds.append(absent_kind(scene, rng))
         rng.shuffle(kinds)
     return kinds
@@ -604,18 +604,26 @@ def absent_kind(scene: Scene, rng: random.Random) -> str:
     return name
 
 
-def sample_question(scene: Scene, task: str, rng: random.Random) -> Question:
-    """A question of `task` about a scene.
+def sample_question(
+    scene: Scene,
+    task: str,
+    rng: random.Random,
+    encode_mask: EncodeMask | None = None,
+) -> Question:
+    """A question of `task` about a scene; `segment` needs `encode_mask`.
 
-    A fifth of `detect` and `count`, and half of `presence`, ask for what isn't there.
-    Where no relation has a clear answer, the question becomes one of presence.
+    Things that aren't there are asked for too: in a fifth of `count`, in half of
+    `presence`, and in `detect` and `segment` once in ten times alone and once in ten
+    beside others. Where no relation has a clear answer, presence is asked for instead.
 
-    Raises ValueError for another task than caption, detect, count, relation, presence.
+    Raises ValueError for an unknown task, and for `segment` without `encode_mask`.
     """
     if task == "caption":
         return caption_question(scene)
     if task == "detect":
-        return detect_question(scene, _kinds_to_detect(scene, rng))
+        return detect_question(scene, _kinds_to_find(scene, 3, rng))
+    if task == "segment" and encode_mask is not None:
+        return segment_question(scene, _kinds_to_find(scene, 2, rng), encode_mask)
     if task == "count":
         return count_question(scene, _maybe_absent(scene, 0.2, rng))
     if task == "relation":
@@ -628,7 +636,8 @@ def sample_question(scene: Scene, task: str, rng: random.Random) -> Question:
     if task in ("relation", "presence"):
         return presence_question(scene, _maybe_absent(scene, 0.5, rng))
     raise ValueError(
-        f"unknown task {task!r}; expected caption, detect, count, relation or presence"
+        f"no question for task {task!r}: it is one of caption, detect, segment (given "
+        "a mask encoder), count, relation and presence"
     )
 
 

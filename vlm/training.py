@@ -32,10 +32,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from .config import PaliGemmaConfig
+from .mask_tokens import MaskVQVAE
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import NUM_LOCS, PaliGemmaProcessor, image_to_pixels, loc_token
 from .sampling import generate
 from .scenes import (
+    EncodeMask,
     Scene,
     all_kinds,
     make_scene,
@@ -43,7 +45,7 @@ from .scenes import (
     train_tokenizer,
     world_sentences,
 )
-from .weights import load_hf_model, save_hf_model
+from .weights import find_checkpoint, load_hf_model, save_hf_model
 
 __all__ = [
     "LOSSES",
@@ -102,6 +104,9 @@ class TrainingConfig:
     patch_steps: int = _setting(0, "steps before them in which only the eyes learn")
     batch_size: int = _setting(64, "pictures in a batch, all processes together")
     questions_per_picture: int = _setting(6, "questions packed behind a picture")
+    max_row_tokens: int = _setting(
+        256, "questions that would make it longer are left out"
+    )
     learning_rate: float = _setting(1e-3, "peak of the cosine")
     patch_learning_rate: float = _setting(1.5e-3, "peak while only the eyes learn")
     warmup_steps: int = _setting(200, "steps from zero to the peak")
@@ -347,15 +352,21 @@ class SceneDataset(Dataset):
     """Pictures with questions, made up as they are asked for; the index is the seed.
 
     An item's scene and questions depend on `seed` and the index alone, so a run that
-    resumes at index i sees what it would have seen.
+    resumes at index i sees what it would have seen. With `encode_mask` (the crop of a
+    mask → sixteen codes) `segment` is among the questions.
     """
 
     def __init__(
-        self, processor: PaliGemmaProcessor, patch_size: int, config: TrainingConfig
+        self,
+        processor: PaliGemmaProcessor,
+        patch_size: int,
+        config: TrainingConfig,
+        encode_mask: EncodeMask | None = None,
     ):
         self.processor = processor
         self.patch_size = patch_size
         self.config = config
+        self.encode_mask = encode_mask
         self.patch_items = config.patch_steps * config.batch_size
         self.length = self.patch_items + config.steps * config.batch_size
 
@@ -382,12 +393,15 @@ class SceneDataset(Dataset):
         }
         if only_patches:
             return item
-        tasks = ["caption", "detect", "detect", "count", "relation"]
+        where = "detect" if self.encode_mask is None else "segment"
+        tasks = ["caption", "detect", where, "count", "relation"]
         while len(tasks) < self.config.questions_per_picture:
-            tasks.append(rng.choice(("detect", "count", "relation", "presence")))
+            tasks.append(rng.choice(("detect", where, "count", "relation", "presence")))
         rng.shuffle(tasks)
         tasks = tasks[: self.config.questions_per_picture]
-        questions = [sample_question(scene, task, rng) for task in tasks]
+        questions = [
+            sample_question(scene, task, rng, self.encode_mask) for task in tasks
+        ]
         answers = [
             (
                 self.processor.encode_prefix(question.prompt),
@@ -395,7 +409,15 @@ class SceneDataset(Dataset):
             )
             for question in questions
         ]
-        return item | pack_questions(answers, self.processor.num_image_tokens)
+        num_image_tokens = self.processor.num_image_tokens
+        room = self.config.max_row_tokens - num_image_tokens
+        fitting = []
+        for prefix, suffix in answers:
+            length = len(prefix) - num_image_tokens + len(suffix)
+            if length <= room or not fitting:
+                fitting.append((prefix, suffix))
+                room -= length
+        return item | pack_questions(fitting, num_image_tokens)
 
 
 def collate(items: list[dict[str, Tensor]], pad_token_id: int = 0) -> dict[str, Tensor]:
@@ -643,6 +665,9 @@ def validate(
     return {task: sum(marks) / len(marks) for task, marks in right.items()}
 
 
+Evaluate = Callable[[PaliGemmaForConditionalGeneration, int], dict[str, float]]
+
+
 def training_step(
     accelerator: Accelerator,
     learner: nn.Module,
@@ -668,9 +693,6 @@ def training_step(
     return losses.detach()
 
 
-Evaluate = Callable[[PaliGemmaForConditionalGeneration, int], dict[str, float]]
-
-
 def train(
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,
@@ -680,6 +702,7 @@ def train(
     evaluate: Evaluate | None = None,
     resume: bool = False,
     stop_after: int | None = None,
+    encode_mask: EncodeMask | None = None,
 ) -> list[dict[str, float]]:
     """Train `model` in place on scenes; returns the log, one dict a line.
 
@@ -689,6 +712,7 @@ def train(
       what it returns goes into the log.
     - `resume`: continue the run saved in `output`; the loss curve goes on as if it had
       never stopped. `stop_after`: end early, at this step.
+    - `encode_mask`: the crop of a mask → its sixteen codes; None leaves `segment` out.
 
     Raises FileExistsError where `output` holds a run and `resume` is False, and
     FloatingPointError when a loss is no longer a number.
@@ -710,7 +734,8 @@ def train(
         load_teacher(Path(init), lesson.teacher)
     optimizer = make_optimizer(lesson, config)
     first = load_training_state(folder, lesson, optimizer) if resume else 0
-    dataset = SceneDataset(processor, model.config.vision_config.patch_size, config)
+    patch_size = model.config.vision_config.patch_size
+    dataset = SceneDataset(processor, patch_size, config, encode_mask)
     loader = DataLoader(
         Subset(dataset, range(first * config.batch_size, len(dataset))),
         batch_size=config.batch_size,
@@ -770,6 +795,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--init", help="checkpoint to start from (default: a new model)"
     )
     parser.add_argument(
+        "--mask_tokens",
+        help="folder with the mask encoder and decoder (default: the embedded ones)",
+    )
+    parser.add_argument(
         "--resume", action="store_true", help="continue the run in output"
     )
     parser.add_argument("--stop_after", type=int, help="end early, at this step")
@@ -788,6 +817,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = vars(build_parser().parse_args(argv))
     output, init = Path(arguments.pop("output")), arguments.pop("init")
     resume, stop_after = arguments.pop("resume"), arguments.pop("stop_after")
+    mask_tokens = arguments.pop("mask_tokens")
     config = TrainingConfig(**arguments)
     try:
         start = saved_run(output) if resume else init
@@ -796,6 +826,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             model, tokenizer = new_model(config.seed)
         processor = make_processor(model, tokenizer)
+        vqvae = MaskVQVAE.from_pretrained(mask_tokens or find_checkpoint(None))
         train(
             model,
             processor,
@@ -805,6 +836,7 @@ def main(argv: list[str] | None = None) -> int:
             evaluate=lambda model, step: validate(model, processor),
             resume=resume,
             stop_after=stop_after,
+            encode_mask=vqvae.encode_mask,
         )
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)

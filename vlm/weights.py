@@ -45,6 +45,8 @@ __all__ = [
     "preprocessor_config",
     "generation_config",
     "save_hf_model",
+    "describe_model",
+    "load_chosen_model",
 ]
 
 EMBEDDED = Path(str(package_files("vlm"))) / "checkpoints" / "paligemma-stickers"
@@ -69,6 +71,12 @@ def canonical_name(name: str) -> str:
     return name
 
 
+def _is_hub_id(model_path: str | os.PathLike) -> bool:
+    "An owner and a name with a slash between, and no folder here."
+    owner_and_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model_path))
+    return bool(owner_and_name) and not Path(model_path).exists()
+
+
 def find_checkpoint(model_path: str | os.PathLike | None) -> Path:
     """The folder of a checkpoint: None is the embedded one; a hub id is fetched.
 
@@ -82,7 +90,7 @@ def find_checkpoint(model_path: str | os.PathLike | None) -> Path:
         return folder
     if folder.exists():
         raise FileNotFoundError(f"{folder} is a file: give the folder that holds it")
-    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model_path)):
+    if not _is_hub_id(model_path):
         raise FileNotFoundError(
             f"no folder {folder}: give a checkpoint's folder, or a hub id like "
             "google/paligemma-3b-mix-224"
@@ -93,9 +101,9 @@ def find_checkpoint(model_path: str | os.PathLike | None) -> Path:
     except (HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"no folder {model_path}, and as a hub id it can't be fetched: {reason} "
-            "For Google's checkpoints accept the license on the model's page, then "
-            "log in with `hf auth login`"
+            f"no folder {model_path}, and as a hub id it can't be fetched: "
+            f"{reason.rstrip('.')}. For Google's checkpoints accept the license on "
+            "the model's page, then log in with `hf auth login`"
         ) from error
 
 
@@ -365,3 +373,48 @@ def save_hf_model(
     for old in folder.glob("model*.safetensors*"):
         if old.name not in written:
             old.unlink()
+
+
+def describe_model(
+    model: PaliGemmaForConditionalGeneration,
+    model_path: str | os.PathLike | None = None,
+) -> str:
+    """A sentence for whoever reads the answers: which model made them, and how."""
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    kind = f"{millions:,.1f} M weights, {model.dtype}, {model.device}"
+    if model_path is not None and Path(model_path).expanduser() != EMBEDDED:
+        return f"{model_path}: {kind}"
+    return (
+        f"the embedded model {EMBEDDED.name}: {kind}. It knows about a hundred kinds "
+        "of sticker and nothing else; in a photograph it sees stickers"
+    )
+
+
+def load_chosen_model() -> tuple[PaliGemmaForConditionalGeneration, Any, str]:
+    """(model, tokenizer, `describe_model`'s sentence) for the variable VLM_MODEL.
+
+    VLM_MODEL is a folder or a hub id; on a GPU the weights come in bfloat16 (float16
+    where it has none). Unset, or where that model can't be had, which a printed line
+    explains: the embedded model.
+    """
+    chosen = os.environ.get("VLM_MODEL", "").strip() or None
+    device = choose_device()
+    if chosen is not None:
+        if _is_hub_id(chosen):
+            print(
+                f"VLM_MODEL={chosen}: a checkpoint of 3 billion weights takes 6 to 12 "
+                "GB of disk, and 6 GB of memory in bfloat16. Google's ask you to "
+                "accept a license on their page and to log in with `hf auth login`."
+            )
+        try:
+            dtype = "auto"
+            if device.type == "cuda":
+                dtype = choose_dtype("auto", torch.bfloat16, device)
+            model, tokenizer = load_hf_model(chosen, device, dtype)
+            return model, tokenizer, describe_model(model, chosen)
+        except (OSError, ValueError, torch.OutOfMemoryError) as error:
+            reason = " ".join(str(error).split())
+            print(f"VLM_MODEL={chosen} can't be used: {reason}")
+            print("This page goes on with the embedded model.")
+    model, tokenizer = load_hf_model(None, device)
+    return model, tokenizer, describe_model(model)
