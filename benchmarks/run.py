@@ -26,13 +26,12 @@ from transformers.utils import logging
 from vlm import (
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
-    PaliGemmaProcessor,
     generate,
     load_hf_model,
     save_hf_model,
 )
 from vlm.scenes import HELD_OUT_SEEDS, make_scene
-from vlm.weights import find_checkpoint
+from vlm.weights import find_checkpoint, make_processor
 
 NEW_TOKENS = 32
 
@@ -99,11 +98,8 @@ def speed(folder: Path, rounds: int) -> list[dict[str, float | str]]:
     """Prefill and generation, ours against transformers' and against ourselves."""
     model, tokenizer = load_hf_model(folder, "cpu")
     reference = Reference.from_pretrained(folder).eval()
-    vision = model.config.vision_config
-    processor = PaliGemmaProcessor(
-        tokenizer, vision.num_image_tokens, vision.image_size
-    )
-    scenes = [make_scene(seed, vision.image_size) for seed in HELD_OUT_SEEDS[:8]]
+    processor = make_processor(model, tokenizer)
+    scenes = [make_scene(seed, processor.image_size) for seed in HELD_OUT_SEEDS[:8]]
     one = processor(["caption en"], [scenes[0].image])
     eight = processor(["caption en"] * 8, [scene.image for scene in scenes])
 

@@ -54,7 +54,7 @@ from vlm.scenes import (
     relation_questions,
 )
 from vlm.segmentation import Segmentation, load_mask_decoder, mean_iou
-from vlm.weights import find_checkpoint
+from vlm.weights import find_checkpoint, make_processor
 
 ABSENT_PER_SCENE = 2
 LONGEST_ANSWER = 160  # tokens: seven things with their masks
@@ -240,9 +240,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=len(HELD_OUT_SEEDS))
     arguments = parser.parse_args()
     model, tokenizer = load_hf_model(arguments.model_path)
-    vision = model.config.vision_config
-    side = vision.image_size
-    processor = PaliGemmaProcessor(tokenizer, vision.num_image_tokens, side)
+    processor = make_processor(model, tokenizer)
+    side = processor.image_size
     decoder = load_mask_decoder(arguments.model_path, arguments.mask_decoder)
     seeds = HELD_OUT_SEEDS[: arguments.scenes]
     scenes = [make_scene(seed, side) for seed in seeds]

@@ -14,7 +14,6 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm import (
-    PaliGemmaProcessor,
     generate,
     load_hf_model,
     parse_detections,
@@ -23,6 +22,7 @@ from vlm import (
 from vlm.detection import draw_detections
 from vlm.scenes import HELD_OUT_SEEDS, make_scene
 from vlm.segmentation import draw_segmentations, load_mask_decoder
+from vlm.weights import make_processor
 
 COVER = Path(__file__).parents[1] / "book" / "images" / "cover.png"
 SIDE, MARGIN, TEXT = 320, 16, 114
@@ -52,10 +52,7 @@ def wrap(text: str, width: int, font: ImageFont.ImageFont) -> list[str]:
 def main() -> None:
     """Ask, draw, write."""
     model, tokenizer = load_hf_model(device="cpu")
-    vision = model.config.vision_config
-    processor = PaliGemmaProcessor(
-        tokenizer, vision.num_image_tokens, vision.image_size
-    )
+    processor = make_processor(model, tokenizer)
     decoder = load_mask_decoder()
     font = ImageFont.load_default(size=17)
     width = MARGIN + (SIDE + MARGIN) * len(PANELS)

@@ -419,8 +419,7 @@ def run(options: Namespace) -> None:
     elif options.mask_decoder is not None:
         note('--mask_decoder counts only with a prompt like "segment owl"')
 
-    from .training import make_processor
-    from .weights import describe_model, load_hf_model
+    from .weights import describe_model, load_hf_model, make_processor
 
     device = "cpu" if options.only_cpu else "auto"
     model, tokenizer = load_hf_model(options.model_path, device)
@@ -830,8 +829,12 @@ def playground(
     Raises what `load_hf_model` and `load_mask_decoder` raise.
     """
     from .segmentation import load_mask_decoder
-    from .training import make_processor
-    from .weights import describe_model, load_chosen_model, load_hf_model
+    from .weights import (
+        describe_model,
+        load_chosen_model,
+        load_hf_model,
+        make_processor,
+    )
 
     if model_path is None:
         wanted = os.environ.get("VLM_MODEL", "").strip()

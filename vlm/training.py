@@ -45,7 +45,12 @@ from .scenes import (
     train_tokenizer,
     world_sentences,
 )
-from .weights import find_checkpoint, load_hf_model, save_hf_model
+from .weights import (
+    find_checkpoint,
+    load_hf_model,
+    make_processor,
+    save_hf_model,
+)
 
 __all__ = [
     "LOSSES",
@@ -58,7 +63,6 @@ __all__ = [
     "embedded_config",
     "make_tokenizer",
     "new_model",
-    "make_processor",
     "patch_targets",
     "PatchTeacher",
     "pack_questions",
@@ -228,14 +232,6 @@ def new_model(
     model = PaliGemmaForConditionalGeneration(embedded_config(tokenizer))
     initialize(model, tokenizer)
     return model, tokenizer
-
-
-def make_processor(
-    model: PaliGemmaForConditionalGeneration, tokenizer: Any
-) -> PaliGemmaProcessor:
-    """The processor that fits a model."""
-    vision = model.config.vision_config
-    return PaliGemmaProcessor(tokenizer, vision.num_image_tokens, vision.image_size)
 
 
 def patch_targets(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .config import PaliGemmaConfig
 from .paligemma import PaliGemmaForConditionalGeneration
+from .processing import PaliGemmaProcessor
 
 __all__ = [
     "EMBEDDED",
@@ -42,6 +43,7 @@ __all__ = [
     "read_weights",
     "load_tokenizer",
     "load_hf_model",
+    "make_processor",
     "preprocessor_config",
     "generation_config",
     "save_hf_model",
@@ -309,6 +311,14 @@ def load_hf_model(
     device = choose_device(device)
     read_weights(model, files, device, choose_dtype(dtype, stored_dtype(files), device))
     return model.to(device).eval(), tokenizer  # the buffers move too
+
+
+def make_processor(
+    model: PaliGemmaForConditionalGeneration, tokenizer: Any
+) -> PaliGemmaProcessor:
+    """The processor with the number of image tokens and the side that a model needs."""
+    vision = model.config.vision_config
+    return PaliGemmaProcessor(tokenizer, vision.num_image_tokens, vision.image_size)
 
 
 def preprocessor_config(config: PaliGemmaConfig) -> dict[str, Any]:
