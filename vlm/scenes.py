@@ -9,13 +9,13 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.resources import files
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
-from PIL import Image, ImageFilter
+from PIL import Image, ImageEnhance, ImageFilter
 from tokenizers import (
     AddedToken,
     Regex,
@@ -40,6 +40,7 @@ from .processing import (
 
 __all__ = [
     "STYLES",
+    "TRAINING_STYLES",
     "HELD_OUT_STYLE",
     "HELD_OUT_SEEDS",
     "PHOTOS",
@@ -51,6 +52,7 @@ __all__ = [
     "all_kinds",
     "load_sticker",
     "load_photo",
+    "Look",
     "Placement",
     "ScenePlan",
     "plan_scene",
@@ -76,7 +78,8 @@ __all__ = [
     "train_tokenizer",
 ]
 
-STYLES = ("fluent", "noto")  # what the model trains on
+STYLES = ("fluent", "noto")  # what scenes show unless another style is asked for
+TRAINING_STYLES = (*STYLES, "flat")
 HELD_OUT_STYLE = "twemoji"  # never trained on: measures what carries over
 HELD_OUT_SEEDS = range(10**9, 10**9 + 500)  # training draws from 0 … 10**9 - 1
 # Backgrounds; `chelsea` and `rocket` are left out: they show a kind up close.
@@ -119,7 +122,7 @@ def load_sticker(kind: str, style: str) -> Image.Image:
 
     Raises ValueError for an unknown kind or style.
     """
-    styles = (*STYLES, HELD_OUT_STYLE)
+    styles = (*TRAINING_STYLES, HELD_OUT_STYLE)
     if style not in styles:
         expected = ", ".join(styles)
         raise ValueError(f"unknown style {style!r}; expected one of {expected}")
@@ -142,6 +145,16 @@ def load_photo(name: str) -> Image.Image:
 
 
 @dataclass(frozen=True)
+class Look:
+    """How a sticker's drawing is changed; as it stands, not at all."""
+
+    stretch: float = 1.0  # of the height against the width
+    hue: float = 0.0  # added, in turns of the color wheel
+    saturation: float = 1.0  # factor
+    brightness: float = 1.0  # factor
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where a sticker lies; lengths are shares of the picture's side."""
 
@@ -152,6 +165,7 @@ class Placement:
     size: float  # longest side, before it is turned
     angle: float  # degrees, counterclockwise
     flip: bool
+    look: Look = Look()
 
 
 @dataclass(frozen=True)
@@ -162,14 +176,21 @@ class ScenePlan:
     placements: tuple[Placement, ...]
 
 
+def _drawn_size(place: Placement) -> tuple[float, float]:
+    """Width and height of a sticker before it is turned, as shares of the side."""
+    width, height = load_sticker(place.kind, place.style).size
+    height *= place.look.stretch
+    scale = place.size / max(width, height)
+    return width * scale, height * scale
+
+
 def _turned_box(place: Placement) -> Box:
     """The box around a turned sticker, as shares of the side."""
-    width, height = load_sticker(place.kind, place.style).size
-    scale = place.size / max(width, height)
+    width, height = _drawn_size(place)
     turn = math.radians(place.angle)
     cos, sin = abs(math.cos(turn)), abs(math.sin(turn))
-    half_width = (width * cos + height * sin) * scale / 2
-    half_height = (width * sin + height * cos) * scale / 2
+    half_width = (width * cos + height * sin) / 2
+    half_height = (width * sin + height * cos) / 2
     return (
         place.x - half_width,
         place.y - half_height,
@@ -215,16 +236,32 @@ def _random_placement(
     )
 
 
+def _varied(place: Placement, rng: random.Random) -> Placement:
+    """Every second one with another look, its colors mostly near the true ones."""
+    if rng.random() < 0.5:
+        return place
+    any_hue = rng.random() < 0.3
+    look = Look(
+        stretch=math.exp(rng.uniform(-0.2, 0.2)),
+        hue=rng.random() if any_hue else rng.uniform(-0.05, 0.05),
+        saturation=rng.uniform(0.5, 1.5),
+        brightness=rng.uniform(0.7, 1.3),
+    )
+    return replace(place, look=look)
+
+
 def plan_scene(
     seed: int,
     styles: Sequence[str] = STYLES,
     max_objects: int = 6,
     sizes: tuple[float, float] = (0.15, 0.6),
+    vary: bool = False,
 ) -> ScenePlan:
     """Choose kinds, styles, places, sizes and background; the same for the same seed.
 
     1…`max_objects` stickers; one in four repeats a kind that is there already. Sizes
     are drawn evenly on a logarithmic scale. What finds no room in 20 tries is left out.
+    `vary` changes the look of every second one, for training.
 
     Raises ValueError for no styles, no objects, or sizes that aren't shares.
     """
@@ -242,6 +279,8 @@ def plan_scene(
         style = rng.choice(styles)
         for _ in range(20):
             place = _random_placement(kind, style, sizes, rng)
+            if vary:
+                place = _varied(place, rng)
             box = _turned_box(place)
             if _fits(box, boxes):
                 placements.append(place)
@@ -345,12 +384,28 @@ class Scene:
         return dict(Counter(thing.kind for thing in self.objects))
 
 
+def _recolor(sticker: Image.Image, look: Look) -> Image.Image:
+    """Another hue, saturation and brightness; transparency stays."""
+    if look.hue:
+        turn = round(256 * look.hue)
+        alpha = sticker.getchannel("A")
+        hue, saturation, value = sticker.convert("RGB").convert("HSV").split()
+        hue = hue.point([(level + turn) % 256 for level in range(256)])
+        sticker = Image.merge("HSV", (hue, saturation, value)).convert("RGB")
+        sticker.putalpha(alpha)
+    if look.saturation != 1:
+        sticker = ImageEnhance.Color(sticker).enhance(look.saturation)
+    if look.brightness != 1:
+        sticker = ImageEnhance.Brightness(sticker).enhance(look.brightness)
+    return sticker
+
+
 def _draw_sticker(place: Placement, side: int) -> Image.Image:
-    """A sticker as it goes into a picture of `side` pixels: sized, flipped, turned."""
+    """A sticker as it goes into a picture: sized, colored, flipped, turned."""
+    width, height = _drawn_size(place)
+    size = (max(1, round(width * side)), max(1, round(height * side)))
     sticker = load_sticker(place.kind, place.style)
-    scale = place.size * side / max(sticker.size)
-    size = (max(1, round(sticker.width * scale)), max(1, round(sticker.height * scale)))
-    sticker = sticker.resize(size, Image.Resampling.BILINEAR)
+    sticker = _recolor(sticker.resize(size, Image.Resampling.BILINEAR), place.look)
     if place.flip:
         sticker = sticker.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return sticker.rotate(place.angle, Image.Resampling.BILINEAR, expand=True)
@@ -413,12 +468,14 @@ def make_scene(
     image_size: int = 128,
     styles: Sequence[str] = STYLES,
     max_objects: int = 6,
+    vary: bool = False,
 ) -> Scene:
     """The scene of a seed: `draw_scene(plan_scene(seed))`.
 
     The plan doesn't depend on `image_size`: the same scene can be drawn at any size.
     """
-    return draw_scene(plan_scene(seed, styles, max_objects), image_size)
+    plan = plan_scene(seed, styles, max_objects, vary=vary)
+    return draw_scene(plan, image_size)
 
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six")

@@ -34,9 +34,17 @@ from transformers import PreTrainedTokenizerFast
 from .config import PaliGemmaConfig
 from .mask_tokens import MaskVQVAE
 from .paligemma import PaliGemmaForConditionalGeneration
-from .processing import NUM_LOCS, PaliGemmaProcessor, image_to_pixels, loc_token
+from .processing import (
+    NUM_LOCS,
+    NUM_SEGS,
+    PaliGemmaProcessor,
+    image_to_pixels,
+    loc_token,
+    seg_token,
+)
 from .sampling import generate
 from .scenes import (
+    TRAINING_STYLES,
     EncodeMask,
     Scene,
     all_kinds,
@@ -67,6 +75,7 @@ __all__ = [
     "PatchTeacher",
     "pack_questions",
     "packed_mask",
+    "label_weights",
     "SceneDataset",
     "collate",
     "Lesson",
@@ -111,6 +120,8 @@ class TrainingConfig:
     max_row_tokens: int = _setting(
         256, "questions that would make it longer are left out"
     )
+    first_loc_weight: float = _setting(3.0, "of a box's first token in the text loss")
+    seg_weight: float = _setting(0.25, "of each token of a mask in the text loss")
     learning_rate: float = _setting(1e-3, "peak of the cosine")
     patch_learning_rate: float = _setting(1.5e-3, "peak while only the eyes learn")
     warmup_steps: int = _setting(200, "steps from zero to the peak")
@@ -200,7 +211,7 @@ def embedded_config(tokenizer: Any) -> PaliGemmaConfig:
             "intermediate_size": 384,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
-            "num_key_value_heads": 1,
+            "num_key_value_heads": 4,
             "head_dim": 32,
             "max_position_embeddings": 512,
         },
@@ -344,6 +355,27 @@ def packed_mask(
     return (mask | ((query == 0) & first_prompt))[:, None]  # [B, 1, T, T]
 
 
+def label_weights(
+    input_ids: Int[Tensor, "T"],
+    token_type_ids: Int[Tensor, "T"],
+    tokenizer: Any,
+    config: TrainingConfig,
+) -> Float[Tensor, "T"]:
+    """How much each token counts in the text loss: 0 where nothing is to be learned.
+
+    `first_loc_weight` for a loc token that doesn't follow another, `seg_weight` for a
+    seg token, 1 for the rest of the answers.
+    """
+    loc, seg = tokenizer.convert_tokens_to_ids([loc_token(0), seg_token(0)])
+    is_loc = (input_ids >= loc) & (input_ids < loc + NUM_LOCS)
+    is_seg = (input_ids >= seg) & (input_ids < seg + NUM_SEGS)
+    opens_box = is_loc & ~F.pad(is_loc, (1, 0))[:-1]
+    weights = token_type_ids.float()
+    weights[opens_box] *= config.first_loc_weight
+    weights[is_seg] *= config.seg_weight
+    return weights
+
+
 class SceneDataset(Dataset):
     """Pictures with questions, made up as they are asked for; the index is the seed.
 
@@ -380,6 +412,8 @@ class SceneDataset(Dataset):
                 if only_patches
                 else self.config.max_objects
             ),
+            styles=TRAINING_STYLES,
+            vary=True,
         )
         kinds, boxes = patch_targets(scene, self.patch_size)
         item = {
@@ -413,7 +447,14 @@ class SceneDataset(Dataset):
             if length <= room or not fitting:
                 fitting.append((prefix, suffix))
                 room -= length
-        return item | pack_questions(fitting, num_image_tokens)
+        row = pack_questions(fitting, num_image_tokens)
+        row["label_weights"] = label_weights(
+            row["input_ids"],
+            row["token_type_ids"],
+            self.processor.tokenizer,
+            self.config,
+        )
+        return item | row
 
 
 def collate(items: list[dict[str, Tensor]], pad_token_id: int = 0) -> dict[str, Tensor]:
@@ -429,6 +470,7 @@ def collate(items: list[dict[str, Tensor]], pad_token_id: int = 0) -> dict[str, 
         ("position_ids", 0),
         ("token_type_ids", 0),
         ("question_ids", -1),
+        ("label_weights", 0.0),
     ):
         rows = [item[name] for item in items]
         batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
@@ -461,22 +503,24 @@ class Lesson(nn.Module):
         A batch without questions leaves the text's at zero.
         """
         pixel_values = batch["pixel_values"]
-        if "labels" in batch:
-            labels = batch["labels"]
+        if "label_weights" in batch:
             num_image = self.model.config.vision_config.num_image_tokens
-            outputs = self.model(
-                input_ids=batch["input_ids"],
+            input_ids = batch["input_ids"]
+            logits = self.model(
+                input_ids=input_ids,
                 pixel_values=pixel_values,
                 attention_mask=packed_mask(
                     batch["question_ids"], batch["token_type_ids"]
                 ),
-                token_type_ids=batch["token_type_ids"],
-                labels=labels,
                 position_ids=batch["position_ids"],
-                logits_to_keep=labels.shape[1] - num_image,
-            )
-            text_count = (labels != -100).sum().float()
-            text_total = outputs["loss"] * text_count
+                logits_to_keep=input_ids.shape[1] - num_image,
+            )["logits"]  # [B, T - N, V]
+            targets = input_ids[:, num_image + 1 :]  # [B, T - N - 1]: the next tokens
+            weights = batch["label_weights"][:, num_image + 1 :]
+            losses = F.cross_entropy(
+                logits[:, :-1].transpose(1, 2).float(), targets, reduction="none"
+            )  # [B, T - N - 1]
+            text_total, text_count = (losses * weights).sum(), weights.sum()
         else:
             self.model.vision_tower(pixel_values)
             text_total = text_count = pixel_values.new_zeros(())
