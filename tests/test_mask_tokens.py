@@ -16,7 +16,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vlm.figures import mask_codes
-from vlm.figures.mask_codes import REACH
+from vlm.figures.codes import REACH
 from vlm.mask_tokens import (
     DECODER_FILE,
     ENCODER_FILE,

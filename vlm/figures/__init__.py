@@ -1,7 +1,12 @@
 """Figures that work without a kernel; hand-written, one function each."""
 
-from vlm.figures.architecture import architecture_map
-from vlm.figures.attention import attention_over_picture
-from vlm.figures.mask_codes import mask_codes
+import lazy_loader
 
-__all__ = ["architecture_map", "attention_over_picture", "mask_codes"]
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "architecture": ["architecture_map"],
+        "attention": ["attention_over_picture"],
+        "codes": ["mask_codes"],
+    },
+)

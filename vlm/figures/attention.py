@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from base64 import b64encode
 from dataclasses import dataclass
-from hashlib import sha256
 from html import escape
-from importlib.resources import files
-from io import BytesIO
-from itertools import count
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +13,7 @@ from IPython.display import HTML
 from PIL import Image
 from torch.nn import functional as F
 
+from vlm.figures.page import data_uri, style_and_script, unique_id
 from vlm.processing import NUM_LOCS, ImageLike, load_image
 
 if TYPE_CHECKING:
@@ -25,10 +21,9 @@ if TYPE_CHECKING:
 
 SIDE = 360  # the picture's longest side on the page, in CSS pixels
 MOST_CELLS = 32  # a finer grid is averaged down to this, to keep the page light
-MOST_BYTES = 30_000  # of the picture; a third more as text
+MOST_CHARACTERS = 40_000  # of the picture, as text
 STRIP = 6  # tokens shown where scripts don't run
 VEIL = (16, 21, 27)  # what isn't looked at goes dark
-_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -40,20 +35,15 @@ class Marks:
     own: bool  # whether the last line is this token's, not an earlier one's
 
 
-def _data_uri(data: bytes, kind: str) -> str:
-    return f"data:image/{kind};base64,{b64encode(data).decode()}"
-
-
 def _picture(image: Image.Image) -> str:
     """The picture as a small JPEG in the page itself."""
     small = image.copy()
     small.thumbnail((SIDE, SIDE))
     for quality in (88, 75, 60, 40):
-        file = BytesIO()
-        small.save(file, "jpeg", quality=quality)
-        if len(file.getvalue()) <= MOST_BYTES:
+        picture = data_uri(small, "jpeg", quality=quality)
+        if len(picture) <= MOST_CHARACTERS:
             break
-    return _data_uri(file.getvalue(), "jpeg")
+    return picture
 
 
 def _veil(weights: np.ndarray) -> str:
@@ -62,9 +52,7 @@ def _veil(weights: np.ndarray) -> str:
     pixels = np.empty((*weights.shape, 4), np.uint8)
     pixels[..., :3] = VEIL
     pixels[..., 3] = np.round(215 * (1 - shown**0.6) / 5) * 5
-    file = BytesIO()
-    Image.fromarray(pixels).save(file, "png", optimize=True)
-    return _data_uri(file.getvalue(), "png")
+    return data_uri(Image.fromarray(pixels))
 
 
 def loc_marks(pieces: list[str]) -> list[Marks]:
@@ -174,8 +162,7 @@ def attention_over_picture(image: ImageLike, look: Look) -> HTML:
         )
     data = json.dumps(steps, ensure_ascii=False).replace("<", "\\u003c")
     picture = _picture(image)
-    digest = sha256((data + picture).encode()).hexdigest()[:8]
-    name = f"vlm-look-{digest}-{next(_numbers)}"
+    name = unique_id("vlm-look", data + picture)
 
     def stage(step: dict) -> str:
         return (
@@ -204,17 +191,13 @@ def attention_over_picture(image: ImageLike, look: Look) -> HTML:
         f"{stage(step)}</svg><br>{escape(step['name'])}</div>"
         for step in steps[1 : STRIP + 1]
     )
-    here = files("vlm.figures")
-    style, script = (
-        here.joinpath(f"attention.{kind}").read_text("utf-8") for kind in ("css", "js")
-    )
+    style, script = style_and_script("attention", name)
     return HTML(
-        f'<style>{style}</style><figure id="{name}" class="vlm-look"><div>{main}'
+        f'{style}<figure id="{name}" class="vlm-look"><div>{main}'
         '<div class="vlm-look-side"><div class="vlm-look-prompt">Prompt: '
         f"<code>{escape(look.prompt)}</code></div>"
         '<div class="vlm-look-tokens" role="toolbar" aria-label="Tokens of the answer">'
         f'{buttons}</div><div class="vlm-look-note" aria-live="polite">'
         f'{escape(steps[0]["note"])}</div><div class="vlm-look-strip">{strip}</div>'
-        f'</div></div><script type="application/json">{data}</script>'
-        f'<script>({script})(document.getElementById("{name}"));</script></figure>'
+        f'</div></div><script type="application/json">{data}</script>{script}</figure>'
     )

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
-from base64 import b64encode
 from collections.abc import Sequence
-from hashlib import sha256
 from html import escape
-from importlib.resources import files
-from itertools import count
 from typing import Any
 
 import numpy as np
 from IPython.display import HTML
 from PIL import Image
 
+from vlm.figures.page import data_uri, style_and_script, unique_id
+from vlm.mask_tokens import CODES_PER_MASK
 from vlm.processing import NUM_SEGS, seg_token
 
-TOKENS = 16
 LEVELS = 5  # that a value is rounded to; odd, so that 0 is one of them
 REACH = 0.3  # values beyond ± this are as good as 1 or -1: only the border matters
-_numbers = count()  # two figures on a page have different ids
-
-
-def _png(gray: np.ndarray) -> str:
-    "A picture as the address that holds it."
-    buffer = io.BytesIO()
-    Image.fromarray(gray).save(buffer, "PNG", optimize=True)
-    return f"data:image/png;base64,{b64encode(buffer.getvalue()).decode()}"
 
 
 def _pack(levels: np.ndarray, codes: Sequence[int]) -> str:
@@ -41,7 +29,8 @@ def _pack(levels: np.ndarray, codes: Sequence[int]) -> str:
     start = levels[0, codes[0]]
     tiles = (levels - start).astype(np.uint8)  # [16, 128, s, s]; wraps around
     tiles[0, codes[0]] = start
-    return _png(tiles.transpose(0, 2, 1, 3).reshape(TOKENS * side, NUM_SEGS * side))
+    sheet = tiles.transpose(0, 2, 1, 3).reshape(-1, NUM_SEGS * side)  # [16 s, 128 s]
+    return data_uri(Image.fromarray(sheet))
 
 
 def _still(levels: np.ndarray, codes: Sequence[int]) -> str:
@@ -52,7 +41,8 @@ def _still(levels: np.ndarray, codes: Sequence[int]) -> str:
         flips = ((levels[token] > LEVELS // 2) != (start > LEVELS // 2)).sum((1, 2))
         shown.append(levels[token, flips.argmax()])
     row = np.concatenate([np.pad(tile, 2) for tile in shown], axis=1)
-    picture = _png((row * (255 // (LEVELS - 1))).astype(np.uint8))
+    gray = (row * (255 // (LEVELS - 1))).astype(np.uint8)
+    picture = data_uri(Image.fromarray(gray))
     words = escape(" ".join(map(seg_token, codes)))
     return (
         f'<img src="{picture}" width="{row.shape[1] * 3}" alt="Five masks." '
@@ -72,10 +62,14 @@ def mask_codes(codes: Sequence[int], changes: Any) -> HTML:
     """
     codes = [int(code) for code in codes]
     changes = np.asarray(changes, dtype=np.float32)
-    if len(codes) != TOKENS or not all(0 <= code < NUM_SEGS for code in codes):
+    if len(codes) != CODES_PER_MASK or not all(0 <= code < NUM_SEGS for code in codes):
         raise ValueError(f"codes must be sixteen numbers from 0 to 127, not {codes}")
     shape = changes.shape
-    if changes.ndim != 4 or shape[:2] != (TOKENS, NUM_SEGS) or shape[2] != shape[3]:
+    if (
+        changes.ndim != 4
+        or shape[:2] != (CODES_PER_MASK, NUM_SEGS)
+        or shape[2] != shape[3]
+    ):
         raise ValueError(f"changes have shape {shape}, expected (16, 128, s, s)")
     half = LEVELS // 2
     levels = ((changes / REACH).clip(-1, 1) * half).round().astype(np.int16) + half
@@ -87,14 +81,9 @@ def mask_codes(codes: Sequence[int], changes: Any) -> HTML:
             "sprite": _pack(levels, codes),
         }
     )
-    name = f"vlm-codes-{sha256(data.encode()).hexdigest()[:8]}-{next(_numbers)}"
-    here = files("vlm.figures")
-    style, script = (
-        here.joinpath(f"mask_codes.{kind}").read_text("utf-8") for kind in ("css", "js")
-    )
+    name = unique_id("vlm-codes", data)
+    style, script = style_and_script("codes", name)
     return HTML(
-        f'<style>{style}</style><div id="{name}" class="vlm-codes">'
-        f"{_still(levels, codes)}"
-        f'<script type="application/json">{data}</script>'
-        f'<script>({script})(document.getElementById("{name}"));</script></div>'
+        f'{style}<div id="{name}" class="vlm-codes">{_still(levels, codes)}'
+        f'<script type="application/json">{data}</script>{script}</div>'
     )
