@@ -1,6 +1,7 @@
 """What every test shares: shapes checked at run time, seeds, tiny things to test on."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -32,3 +33,21 @@ def tokenizer():
     from reference import tiny_tokenizer
 
     return tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium, where there is one."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("no Chromium on this machine: nothing is tried in a browser")
+    options = "no-sandbox disable-gpu disable-quic no-first-run disable-sync"
+    options += " disable-background-networking disable-component-update"
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(
+            executable_path=path, args=[f"--{option}" for option in options.split()]
+        )
+        yield browser
+        browser.close()

@@ -1,10 +1,11 @@
-"""Tiny models, ours and transformers', with the same weights."""
+"""What several tests share: tiny models, ours and transformers'; turned photographs."""
 
 from functools import cache
 from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 
 from vlm.config import PaliGemmaConfig
@@ -28,6 +29,18 @@ TEXT = dict(
     head_dim=12,  # not hidden_size / num_attention_heads, as in Gemma 7B
     max_position_embeddings=256,
 )
+
+# Orientation tag of a photograph → how its pixels are stored, if it has the tag.
+STORED_TURNS = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 def tiny_config(

@@ -6,7 +6,6 @@ Skips until `make book` has built it.
 import functools
 import http.server
 import re
-import shutil
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,7 +19,6 @@ HTML = ROOT / "_build" / "html"
 TOC = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
 NAMES = [TOC["root"], *(c["file"] for part in TOC["parts"] for c in part["chapters"])]
 CHAPTERS = [name for name in NAMES if name.startswith("notebooks/")]
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 pytestmark = pytest.mark.skipif(
     not (HTML / "index.html").exists(), reason="the book isn't built: run `make book`"
@@ -120,22 +118,6 @@ def address():
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine: the book isn't tried in a browser")
-    options = "no-sandbox disable-gpu disable-quic no-first-run disable-sync"
-    options += " disable-background-networking disable-component-update"
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(
-            executable_path=path, args=[f"--{option}" for option in options.split()]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])

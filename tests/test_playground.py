@@ -4,7 +4,6 @@ import html
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -422,7 +421,6 @@ def test_a_checkpoint_without_masks_says_which_file_to_give(
 # In a real browser
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 CELL = "from pathlib import Path; import os\n"
 CELL += "Path('kernel').write_text(str(os.getpid()))\n"
 CELL += "from vlm.inference import playground\nplay = playground()\nplay"
@@ -494,21 +492,11 @@ def lab(tmp_path):
 
 
 @pytest.fixture
-def page():
-    playwright = pytest.importorskip("playwright.sync_api")
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip("no Chromium on this machine: the playground isn't tried in one")
-    options = "no-sandbox disable-gpu disable-quic no-first-run disable-sync"
-    options += " disable-background-networking disable-component-update"
-    with playwright.sync_playwright() as play:
-        browser = play.chromium.launch(
-            executable_path=path, args=[f"--{option}" for option in options.split()]
-        )
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        page.set_default_timeout(PATIENCE)
-        yield page
-        browser.close()
+def page(browser):
+    page = browser.new_page(viewport={"width": 1400, "height": 1000})
+    page.set_default_timeout(PATIENCE)
+    yield page
+    page.close()
 
 
 def test_the_playground_answers_in_jupyterlab(page, lab, tmp_path):

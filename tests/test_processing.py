@@ -11,7 +11,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from reference import tiny_tokenizer
+from reference import STORED_TURNS, tiny_tokenizer
 from tokenizers import Tokenizer, models
 
 from vlm.processing import (
@@ -328,18 +328,8 @@ def same(image, expected, within=0):
     assert np.abs(values - wanted).max() <= within
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_phone_pictures_are_turned_upright(picture, tmp_path, orientation):
-    back = {
-        1: None,
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }[orientation]
+@pytest.mark.parametrize(("orientation", "back"), STORED_TURNS.items())
+def test_phone_pictures_are_turned_upright(picture, tmp_path, orientation, back):
     stored = picture if back is None else picture.transpose(back)
     exif = Image.Exif()
     exif[0x0112] = orientation

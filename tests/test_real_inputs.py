@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reference import randomize, tiny_config
+from reference import STORED_TURNS, randomize, tiny_config
 
 import vlm.sampling
 from vlm.inference import Playground, read_answer, test_inference
@@ -20,17 +20,6 @@ from vlm.sampling import Generation
 
 SIDE = 28  # of the square that the tiny model sees
 ORIENTATION = 0x0112
-# The way back from each orientation: stored so, the tag turns the picture upright.
-STORED = {
-    1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
 # A box over the right half of the width and the upper quarter of the height.
 ANSWER = "<loc0000><loc0512><loc0256><loc1023>" + "<seg003>" * 16 + " owl"
 
@@ -181,12 +170,12 @@ def test_a_format_is_seen_as_it_looks(
     assert difference <= tolerance + 0.01
 
 
-@pytest.mark.parametrize("orientation", STORED)
+@pytest.mark.parametrize("orientation", STORED_TURNS)
 @pytest.mark.parametrize("name", ["phone.jpg", "phone.png", "phone.webp"])
 def test_a_turned_photograph_is_answered_upright(
     name, orientation, model, processor, decoder, seen, tmp_path, capsys
 ):
-    turn = STORED[orientation]
+    turn = STORED_TURNS[orientation]
     stored = scene() if turn is None else scene().transpose(turn)
     lossless = {"lossless": True} if name.endswith("webp") else {"quality": 95}
     stored.save(tmp_path / name, exif=exif(orientation), **lossless)
@@ -208,7 +197,7 @@ def test_a_turned_photograph_is_answered_upright(
 def test_a_picture_of_16_bits_can_be_turned_too(
     model, processor, decoder, seen, tmp_path, capsys
 ):
-    stored = sixteen_bits(scene().transpose(STORED[6]))
+    stored = sixteen_bits(scene().transpose(STORED_TURNS[6]))
     stored.save(tmp_path / "scan.png", exif=exif(6))
     ask(model, processor, decoder, tmp_path / "scan.png")
     assert "150   0  300  50" in capsys.readouterr().out
@@ -271,7 +260,7 @@ def test_an_upload_is_the_picture_that_the_command_reads(
 
 def test_an_upload_is_turned_upright(model, processor, decoder, seen, tmp_path):
     path = tmp_path / "phone.jpg"
-    scene().transpose(STORED[8]).save(path, exif=exif(8), quality=95)
+    scene().transpose(STORED_TURNS[8]).save(path, exif=exif(8), quality=95)
     playground = Playground(model, processor, decoder)
     playground.open(path.read_bytes(), path.name)
     assert playground.easel.picture.size == (300, 200)

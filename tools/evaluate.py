@@ -37,7 +37,7 @@ from vlm import (
     parse_segmentations,
 )
 from vlm.captioning import exact_share, kinds_f1
-from vlm.detection import Detection
+from vlm.processing import Box
 from vlm.sampling import Generation, generate_tokens
 from vlm.scenes import (
     HELD_OUT_SEEDS,
@@ -98,25 +98,28 @@ def answer_all(
             yield index, question, row
 
 
+def as_coco(index: int, kind: str, box: Box, **more: float) -> dict:
+    """A true or found box as pycocotools wants it: [x, y, width, height]."""
+    x0, y0, x1, y1 = box
+    width, height = x1 - x0, y1 - y0
+    return {
+        "image_id": index,
+        "category_id": list(all_kinds()).index(kind) + 1,
+        "bbox": [x0, y0, width, height],
+        "area": width * height,
+        **more,
+    }
+
+
 def average_precision(
     scenes: Sequence[Scene], results: list[dict], side: int
 ) -> tuple[float, float]:
-    """(AP50, AP50:95) by pycocotools; boxes are [x, y, width, height]."""
-    ids = {name: i + 1 for i, name in enumerate(all_kinds())}
-    annotations = []
-    for index, scene in enumerate(scenes):
-        for thing in scene.objects:
-            x0, y0, x1, y1 = thing.box
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": index,
-                    "category_id": ids[thing.kind],
-                    "bbox": [x0, y0, x1 - x0, y1 - y0],
-                    "area": (x1 - x0) * (y1 - y0),
-                    "iscrowd": 0,
-                }
-            )
+    """(AP50, AP50:95) by pycocotools; `results` from `as_coco`, with a score."""
+    things = [(i, thing) for i, scene in enumerate(scenes) for thing in scene.objects]
+    annotations = [
+        as_coco(index, thing.kind, thing.box, id=number, iscrowd=0)
+        for number, (index, thing) in enumerate(things, start=1)
+    ]
     if not results:
         return 0.0, 0.0
     truth = COCO()
@@ -126,7 +129,9 @@ def average_precision(
             {"id": i, "width": side, "height": side} for i in range(len(scenes))
         ],
         "annotations": annotations,
-        "categories": [{"id": i, "name": name} for name, i in ids.items()],
+        "categories": [
+            {"id": i, "name": name} for i, name in enumerate(all_kinds(), start=1)
+        ],
     }
     with contextlib.redirect_stdout(io.StringIO()):
         truth.createIndex()
@@ -151,17 +156,6 @@ def blind_answers(
             yield index, question, Generation([0], [1.0], [answer])
 
 
-def as_result(index: int, found: Detection) -> dict:
-    """A found box as pycocotools wants it."""
-    x0, y0, x1, y1 = found.box
-    return {
-        "image_id": index,
-        "category_id": list(all_kinds()).index(found.label) + 1,
-        "bbox": [x0, y0, x1 - x0, y1 - y0],
-        "score": found.score,
-    }
-
-
 def score(
     scenes: Sequence[Scene],
     side: int,
@@ -180,7 +174,11 @@ def score(
         if task in nothing:
             if task == "detect":
                 found = parse_detections(row, side, side)
-                boxes += [as_result(index, d) for d in found if d.label in all_kinds()]
+                boxes += [
+                    as_coco(index, d.label, d.box, score=d.score)
+                    for d in found
+                    if d.label in all_kinds()
+                ]
             else:
                 found = parse_segmentations(row, side, side, decoder)
                 masks[index] += found
