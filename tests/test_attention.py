@@ -138,6 +138,22 @@ def test_explicit_formula_matches_sdpa(heads, kv_heads, num_new, length):
     assert (weights[~mask.expand_as(weights)] == 0).all()
 
 
+def test_scores_are_changed_after_scaling_and_before_the_mask():
+    states = torch.randn(3, 2, 4, 5, 8)
+    mask = causal_mask(2, 5)
+    seen = []
+
+    def half(scores):
+        seen.append(scores)
+        return scores / 2
+
+    mixed, weights = explicit_attention(*states, mask, 0.6, score_mod=half)
+    expected = explicit_attention(*states, mask, 0.3)
+    torch.testing.assert_close((mixed, weights), expected, atol=1e-6, rtol=0)
+    (scores,) = seen
+    torch.testing.assert_close(scores, states[0] @ states[1].mT * 0.6)
+
+
 def test_what_nobody_sees_changes_nobody():
     layer, states, mask = (
         attention((48, 6, 2, 20)),

@@ -1,4 +1,4 @@
-"""The three dataclasses: the real file, what they refuse, to disk and back."""
+"""The dataclasses: the real file, what they refuse, to disk and back."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,12 @@ import torch
 import transformers
 
 import vlm
-from vlm.config import GemmaConfig, PaliGemmaConfig, SiglipVisionConfig
+from vlm.config import (
+    Gemma2Config,
+    GemmaConfig,
+    PaliGemmaConfig,
+    SiglipVisionConfig,
+)
 
 REAL = Path(vlm.__file__).parent / "assets" / "configs" / "paligemma-3b-pt-224.json"
 
@@ -50,6 +55,101 @@ def small(**changes) -> PaliGemmaConfig:
         eos_token_id=5,
     )
     return PaliGemmaConfig(**values | changes)
+
+
+# A PaliGemma 2 file's entries as hub files have them: what is absent is the default.
+PALIGEMMA_2 = {
+    "model_type": "paligemma",
+    "architectures": ["PaliGemmaForConditionalGeneration"],
+    "projection_dim": 4608,
+    "image_token_index": 257152,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "text_config": {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "attn_logit_softcapping": 50.0,
+        "cache_implementation": "hybrid",
+        "eos_token_id": [1, 107],
+        "final_logit_softcapping": 30.0,
+        "head_dim": 128,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 4608,
+        "intermediate_size": 36864,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 46,
+        "num_key_value_heads": 16,
+        "query_pre_attn_scalar": 144,
+        "sliding_window": 4096,
+        "vocab_size": 257216,
+    },
+    "vision_config": {
+        "model_type": "siglip_vision_model",
+        "hidden_size": 1152,
+        "image_size": 448,
+        "intermediate_size": 4304,
+        "num_attention_heads": 16,
+        "num_hidden_layers": 27,
+        "num_image_tokens": 1024,
+        "patch_size": 14,
+        "vision_use_head": False,
+    },
+}
+
+
+def gemma2(**changes) -> PaliGemmaConfig:
+    text = PALIGEMMA_2["text_config"] | changes
+    return PaliGemmaConfig.from_dict(PALIGEMMA_2 | {"text_config": text})
+
+
+def test_a_paligemma_2_file_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PALIGEMMA_2))
+    config = PaliGemmaConfig.from_pretrained(tmp_path)
+    text = config.text_config
+    assert isinstance(text, Gemma2Config) and config.projection_dim == 4608
+    assert (text.head_dim, text.query_pre_attn_scalar) == (128, 144)
+    assert text.layer_types == ["sliding_attention", "full_attention"] * 23
+    assert text.max_position_embeddings == 8192 and text.rope_theta == 10000.0
+    assert config.vision_config.num_image_tokens == 1024
+
+
+def test_what_a_paligemma_2_file_leaves_out_is_the_3b_models():
+    """As transformers has it, but for the vocabulary: PaliGemma's has more rows."""
+    config = PaliGemmaConfig.from_dict(
+        {"text_config": {"model_type": "gemma2"}, "projection_dim": 2304}
+    )
+    theirs = transformers.Gemma2Config()
+    for name, value in vars(config.text_config).items():
+        if name == "rope_theta":
+            assert theirs.rope_parameters["rope_theta"] == value
+        elif name != "vocab_size":
+            assert getattr(theirs, name) == value, name
+
+
+@pytest.mark.parametrize(
+    "name", ["attn_logit_softcapping", "final_logit_softcapping", "sliding_window"]
+)
+def test_null_switches_caps_and_windows_off(name):
+    config = gemma2(**{name: None})
+    assert getattr(config.text_config, name) is None
+    assert PaliGemmaConfig.from_dict(config.to_dict()) == config
+    others = gemma2(hidden_activation=None, layer_types=None, head_dim=None)
+    assert others.text_config.head_dim == 256
+    assert len(others.text_config.layer_types) == 46
+
+
+def test_transformers_and_we_read_each_others_paligemma_2():
+    kinds = ["full_attention", "sliding_attention"] * 23
+    ours = gemma2(layer_types=kinds, rope_theta=500.0, sliding_window=7)
+    theirs = transformers.PaliGemmaConfig.from_dict(ours.to_dict())
+    for name, value in vars(ours.text_config).items():
+        if name == "rope_theta":
+            assert theirs.text_config.rope_parameters["rope_theta"] == value
+        else:
+            assert getattr(theirs.text_config, name) == value, name
+    assert PaliGemmaConfig.from_dict(theirs.to_dict()) == ours
 
 
 def test_defaults_are_the_real_model():
@@ -103,7 +203,11 @@ def test_configs_do_not_share_their_parts():
     assert second.text_config.hidden_size == 2048
 
 
-@pytest.mark.parametrize("config", [PaliGemmaConfig(), small()], ids=["real", "small"])
+@pytest.mark.parametrize(
+    "config",
+    [PaliGemmaConfig(), small(), gemma2()],
+    ids=["real", "small", "PaliGemma 2"],
+)
 def test_saved_and_read_again_is_equal(config, tmp_path):
     folder = tmp_path / "not" / "there" / "yet"
     config.save_pretrained(folder)
@@ -216,6 +320,28 @@ def test_reading_changes_nothing_in_the_dict():
         (
             lambda: GemmaConfig.from_dict({"rope_parameters": {"rope_type": "yarn"}}),
             "rope_type 'yarn' is not supported; expected 'default'",
+        ),
+        (
+            lambda: gemma2(model_type="gemma3"),
+            "text model_type 'gemma3' is not supported; expected 'gemma' or 'gemma2'",
+        ),
+        (
+            lambda: Gemma2Config.from_dict({"model_type": "gemma"}),
+            "text model_type 'gemma' is not supported; expected 'gemma2'",
+        ),
+        (
+            lambda: gemma2(layer_types=["full_attention"]),
+            "1 layer_types for num_hidden_layers=46: give one for each layer, or none",
+        ),
+        (
+            lambda: gemma2(layer_types=["chunked_attention"] * 46),
+            "layer type 'chunked_attention' is not supported; expected "
+            "'sliding_attention' or 'full_attention'",
+        ),
+        (lambda: gemma2(sliding_window=0), "sliding_window=0 must be positive"),
+        (
+            lambda: gemma2(attn_logit_softcapping=-50.0),
+            "attn_logit_softcapping=-50.0 must be positive",
         ),
         (
             lambda: PaliGemmaConfig(projection_dim=1024),

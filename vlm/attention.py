@@ -3,6 +3,7 @@
 Built in notebooks/06_attention.ipynb: edit it there, then run `make export`.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,15 +36,19 @@ def explicit_attention(
     value_states: Float[Tensor, "B K M Dh"],
     attention_mask: Bool[Tensor, "B 1 T M"],
     scaling: float,
+    score_mod: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Float[Tensor, "B H T Dh"], Float[Tensor, "B H T M"]]:
     """The formula written out, step by step: mixed values, and the attention weights.
 
-    For checks and figures. A row of the mask that is False throughout gives NaN.
+    For checks, figures, and models with a `score_mod`: a function that changes scaled
+    scores before they are masked. A row of the mask that is False throughout gives NaN.
     """
     num_groups = query_states.shape[1] // key_states.shape[1]
     key_states = repeat_kv(key_states, num_groups)  # [B, H, M, Dh]
     value_states = repeat_kv(value_states, num_groups)  # [B, H, M, Dh]
     scores = query_states @ key_states.transpose(2, 3) * scaling  # [B, H, T, M]
+    if score_mod is not None:
+        scores = score_mod(scores)  # [B, H, T, M]
     scores = scores.masked_fill(~attention_mask, float("-inf"))
     weights = scores.float().softmax(dim=-1).to(query_states.dtype)  # [B, H, T, M]
     return weights @ value_states, weights  # [B, H, T, Dh], [B, H, T, M]
@@ -73,6 +78,29 @@ class GemmaAttention(nn.Module):
     ) -> Float[Tensor, "B heads T Dh"]:
         states = states.unflatten(-1, (-1, self.head_dim))  # [B, T, heads, Dh]
         return states.transpose(1, 2)  # [B, heads, T, Dh]
+
+    def attend(
+        self,
+        query_states: Float[Tensor, "B H T Dh"],
+        key_states: Float[Tensor, "B K M Dh"],
+        value_states: Float[Tensor, "B K M Dh"],
+        attention_mask: Bool[Tensor, "B 1 T M"],
+        output_attentions: bool,
+    ) -> tuple[Float[Tensor, "B H T Dh"], Float[Tensor, "B H T M"] | None]:
+        """Mixed values, by the fused kernel; step by step where weights are asked."""
+        if output_attentions:
+            return explicit_attention(
+                query_states, key_states, value_states, attention_mask, self.scaling
+            )
+        mixed = F.scaled_dot_product_attention(
+            query_states,
+            key_states,
+            value_states,
+            attn_mask=attention_mask,
+            scale=self.scaling,
+            enable_gqa=query_states.shape[1] != key_states.shape[1],
+        )  # [B, H, T, Dh]
+        return mixed, None
 
     def forward(
         self,
@@ -104,19 +132,8 @@ class GemmaAttention(nn.Module):
             key_states, value_states = kv_cache.update(
                 key_states, value_states, self.layer_idx
             )  # [B, K, M, Dh] each
-        weights = None
-        if output_attentions:
-            mixed, weights = explicit_attention(
-                query_states, key_states, value_states, attention_mask, self.scaling
-            )
-        else:
-            mixed = F.scaled_dot_product_attention(
-                query_states,
-                key_states,
-                value_states,
-                attn_mask=attention_mask,
-                scale=self.scaling,
-                enable_gqa=query_states.shape[1] != key_states.shape[1],
-            )  # [B, H, T, Dh]
+        mixed, weights = self.attend(
+            query_states, key_states, value_states, attention_mask, output_attentions
+        )  # [B, H, T, Dh], [B, H, T, M]
         mixed = mixed.transpose(1, 2).flatten(2)  # [B, T, H * Dh]
         return self.o_proj(mixed), weights

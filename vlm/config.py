@@ -1,4 +1,4 @@
-"""Every size of PaliGemma in three small dataclasses, read from a real config.json.
+"""Every size of PaliGemma in a few small dataclasses, read from a real config.json.
 
 Built in notebooks/01_config.ipynb: edit it there, then run `make export`.
 """
@@ -6,15 +6,22 @@ Built in notebooks/01_config.ipynb: edit it there, then run `make export`.
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-__all__ = ["SiglipVisionConfig", "GemmaConfig", "PaliGemmaConfig"]
+__all__ = ["SiglipVisionConfig", "GemmaConfig", "Gemma2Config", "PaliGemmaConfig"]
 
 
 def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The entries of `values` that `cls` has a field for; null means the default."""
-    names = {f.name for f in fields(cls)}
-    return {k: v for k, v in values.items() if k in names and v is not None}
+    """The entries of `values` that `cls` has a field for.
+
+    null means the default, but where None is among a field's own values it means that.
+    """
+    types = {f.name: get_args(f.type) for f in fields(cls)}
+    return {
+        name: value
+        for name, value in values.items()
+        if name in types and (value is not None or type(None) in types[name])
+    }
 
 
 def _require_multiple(**sizes: int) -> None:
@@ -128,7 +135,7 @@ class GemmaConfig:
 
         Raises ValueError for another kind of model, activation or RoPE.
         """
-        _require_one_of("text model_type", values.get("model_type"), ("gemma",))
+        _require_one_of("text model_type", values.get("model_type"), (cls.model_type,))
         # Older files say "gelu" and mean the tanh approximation: Gemma has no other.
         _require_one_of(
             "text activation",
@@ -139,6 +146,55 @@ class GemmaConfig:
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
         _require_one_of("rope_type", rope.get("rope_type"), ("default",))
         return cls(**_known_fields(cls, rope | values))
+
+
+@dataclass
+class Gemma2Config(GemmaConfig):
+    """Sizes of PaliGemma 2's decoder; the defaults are those of its 3B model.
+
+    - `query_pre_attn_scalar`: attention scores are divided by its square root.
+    - `attn_logit_softcapping`, `final_logit_softcapping`: bounds of the scores and of
+      the logits; None: unbounded.
+    - `sliding_window`: how many tokens a layer with a window sees; None: no windows.
+    - `layer_types`: "sliding_attention" or "full_attention" for each layer; every
+      other one when absent, and the first layer has a window.
+
+    Raises ValueError where sizes contradict each other.
+    Source: Gemma Team 2024 (Gemma 2), Steiner et al. 2024 (PaliGemma 2).
+    """
+
+    hidden_size: int = 2304
+    intermediate_size: int = 9216
+    num_hidden_layers: int = 26
+    num_key_value_heads: int = 4
+    query_pre_attn_scalar: int = 256
+    attn_logit_softcapping: float | None = 50.0
+    final_logit_softcapping: float | None = 30.0
+    sliding_window: int | None = 4096
+    layer_types: list[str] | None = None
+    model_type: str = "gemma2"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in (
+            "query_pre_attn_scalar",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "sliding_window",
+        ):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}={value} must be positive")
+        kinds = ("sliding_attention", "full_attention")
+        if self.layer_types is None:
+            self.layer_types = [kinds[i % 2] for i in range(self.num_hidden_layers)]
+        for kind in self.layer_types:
+            _require_one_of("layer type", kind, kinds)
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"{len(self.layer_types)} layer_types for num_hidden_layers="
+                f"{self.num_hidden_layers}: give one for each layer, or none"
+            )
 
 
 @dataclass
@@ -167,7 +223,10 @@ class PaliGemmaConfig:
         if isinstance(self.vision_config, dict):
             self.vision_config = SiglipVisionConfig.from_dict(self.vision_config)
         if isinstance(self.text_config, dict):
-            self.text_config = GemmaConfig.from_dict(self.text_config)
+            kind = self.text_config.get("model_type")
+            _require_one_of("text model_type", kind, ("gemma", "gemma2"))
+            text_class = Gemma2Config if kind == "gemma2" else GemmaConfig
+            self.text_config = text_class.from_dict(self.text_config)
         if self.projection_dim != self.text_config.hidden_size:
             raise ValueError(
                 f"projection_dim={self.projection_dim} must equal the text model's "

@@ -91,6 +91,8 @@ class GemmaDecoderLayer(nn.Module):
 class GemmaModel(nn.Module):
     """The table, the blocks, the final norm."""
 
+    layer_class: type[nn.Module] = GemmaDecoderLayer
+
     def __init__(self, config: GemmaConfig):
         super().__init__()
         self.config = config
@@ -98,7 +100,7 @@ class GemmaModel(nn.Module):
             config.vocab_size, config.hidden_size, config.pad_token_id
         )
         self.layers = nn.ModuleList(
-            GemmaDecoderLayer(config, layer_idx)
+            self.layer_class(config, layer_idx)
             for layer_idx in range(config.num_hidden_layers)
         )
         self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -108,6 +110,12 @@ class GemmaModel(nn.Module):
         """Look tokens up and multiply by √D, rounded to the embedding's dtype first."""
         embeds = self.embed_tokens(input_ids)  # [B, T, D]
         return embeds * torch.tensor(self.config.hidden_size**0.5, dtype=embeds.dtype)
+
+    def layer_masks(
+        self, attention_mask: Bool[Tensor, "B 1 T M"], past: int
+    ) -> list[Bool[Tensor, "B 1 T M"]]:
+        """Each layer's mask for the tokens behind `past` cached ones: all the same."""
+        return [attention_mask] * len(self.layers)
 
     def forward(
         self,
@@ -119,11 +127,13 @@ class GemmaModel(nn.Module):
     ) -> tuple[Float[Tensor, "B T D"], list[Float[Tensor, "B H T M"]]]:
         """Scaled embeddings → final states, and each layer's weights when asked."""
         cos, sin = self.rotary_emb(inputs_embeds, position_ids)  # [B, T, Dh] each
+        past = kv_cache.num_items() if kv_cache is not None else 0
+        masks = self.layer_masks(attention_mask, past)
         hidden_states = inputs_embeds
         attentions = []
-        for layer in self.layers:
+        for layer, mask in zip(self.layers, masks):
             hidden_states, weights = layer(
-                hidden_states, cos, sin, attention_mask, kv_cache, output_attentions
+                hidden_states, cos, sin, mask, kv_cache, output_attentions
             )
             if output_attentions:
                 attentions.append(weights)
@@ -205,10 +215,12 @@ class GemmaForCausalLM(nn.Module):
     On its own it is causal. Source: Gemma Team 2024; tied weights, Press & Wolf 2017.
     """
 
+    model_class: type[GemmaModel] = GemmaModel
+
     def __init__(self, config: GemmaConfig):
         super().__init__()
         self.config = config
-        self.model = GemmaModel(config)
+        self.model = self.model_class(config)
         # A shell without memory: the table takes its place at once.
         self.lm_head = nn.Linear(
             config.hidden_size, config.vocab_size, bias=False, device="meta"
@@ -218,6 +230,10 @@ class GemmaForCausalLM(nn.Module):
     def tie_weights(self) -> None:
         """Make the output head and the embedding one matrix."""
         self.lm_head.weight = self.model.embed_tokens.weight
+
+    def score(self, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+        """Final states → logits."""
+        return self.lm_head(hidden_states)  # [B, T, V]
 
     def forward(
         self,
@@ -264,12 +280,16 @@ class GemmaForCausalLM(nn.Module):
         )
         if logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]  # [B, n, D]
-        outputs = {"logits": self.lm_head(hidden_states), "kv_cache": kv_cache}
+        outputs = {"logits": self.score(hidden_states), "kv_cache": kv_cache}
         if output_attentions:
             outputs["attentions"] = attentions
         return outputs
 
 
-def build_language_model(config: GemmaConfig) -> nn.Module:
-    """The decoder that a config asks for."""
+def build_language_model(config: GemmaConfig) -> GemmaForCausalLM:
+    """The decoder that a config asks for: Gemma, or Gemma 2 for a `Gemma2Config`."""
+    if config.model_type == "gemma2":
+        from .gemma2 import Gemma2ForCausalLM  # a later chapter's
+
+        return Gemma2ForCausalLM(config)
     return GemmaForCausalLM(config)
