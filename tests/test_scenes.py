@@ -149,7 +149,7 @@ def corners_box(place: Placement) -> tuple[float, float, float, float]:
 
 
 @pytest.mark.parametrize("max_objects", [1, 6])
-@pytest.mark.parametrize("vary", [False, True])
+@pytest.mark.parametrize("vary", [0.0, 0.5])
 def test_plans_keep_the_rules(max_objects, vary):
     repeats = 0
     for seed in range(100):
@@ -179,7 +179,7 @@ def test_only_varied_plans_change_looks():
     looks = [
         place.look
         for seed in range(200)
-        for place in plan_scene(seed, styles=TRAINING_STYLES, vary=True).placements
+        for place in plan_scene(seed, styles=TRAINING_STYLES, vary=0.5).placements
     ]
     changed = [look for look in looks if look != Look()]
     assert 0.4 < len(changed) / len(looks) < 0.6

@@ -131,6 +131,7 @@ class TrainingConfig:
     patch_loss_weight: float = _setting(0.3, "of the patch losses beside the text's")
     max_objects: int = _setting(6, "stickers in a picture, at most")
     patch_max_objects: int = _setting(10, "the same while only the eyes learn")
+    vary: float = _setting(0.5, "share of stickers with another look")
     seed: int = _setting(0, "of scenes, questions and starting values")
     num_workers: int = _setting(0, "processes that draw scenes")
     mixed_precision: str = _setting("no", "no, bf16 or fp16")
@@ -413,7 +414,7 @@ class SceneDataset(Dataset):
                 else self.config.max_objects
             ),
             styles=TRAINING_STYLES,
-            vary=True,
+            vary=self.config.vary,
         )
         kinds, boxes = patch_targets(scene, self.patch_size)
         item = {
