@@ -1,0 +1,558 @@
+"""Fine-tuning: what is trained and what stays, the step, the split, the command."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from PIL import Image
+from reference import random_inputs, randomize, tiny_config
+from torch import nn
+
+from vlm.finetuning import (
+    AnswerLoss,
+    FineTuningConfig,
+    Row,
+    base_license,
+    check_lengths,
+    choose_parameters,
+    choose_trained,
+    epoch_ends,
+    finetune,
+    finetuning_step,
+    finish,
+    gradient_checkpointing,
+    hold_out,
+    license_note,
+    linear_maps,
+    main,
+    model_card,
+    read_rows,
+    row_order,
+    write_checkpoint,
+)
+from vlm.paligemma import PaliGemmaForConditionalGeneration
+from vlm.training import make_optimizer
+from vlm.weights import load_hf_model, make_processor, save_hf_model
+
+QUICK = ["--epochs", "2", "--batch_size", "4", "--learning_rate", "3e-3", "--only_cpu"]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps one number format for a process; here each test has its own."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def tiny_model(dtype=torch.float32):
+    torch.manual_seed(0)
+    model = randomize(PaliGemmaForConditionalGeneration(tiny_config()))
+    return model.to(dtype).eval()
+
+
+def batch(rows=4):
+    """Rows of different lengths: answers of 1 … `rows` tokens."""
+    prompts, suffixes = (5,) * rows, tuple(range(1, rows + 1))
+    return random_inputs(tiny_config(), prompts, suffixes, padding="right")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, request):
+    """The same tiny random model twice, in float32 and in bfloat16."""
+    tokenizer = request.getfixturevalue("tokenizer")
+    config = tiny_config(
+        text=dict(vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    torch.manual_seed(0)
+    model = randomize(PaliGemmaForConditionalGeneration(config))
+    folder = tmp_path_factory.mktemp("models")
+    save_hf_model(model, tokenizer, folder / "float32")
+    save_hf_model(model.to(torch.bfloat16), tokenizer, folder / "bfloat16")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Twelve pictures of one color each; the answer depends on the color."""
+    folder, rng = tmp_path_factory.mktemp("data"), random.Random(0)
+    lines = []
+    for number in range(12):
+        red = number % 2
+        noise = np.full((30, 40, 3), 20 + rng.randrange(20), np.uint8)
+        noise[..., 0] += 180 * red
+        Image.fromarray(noise).save(folder / f"{number}.png")
+        answer = "two owls, a pizza" if red else "an apple"
+        line = {"image": f"{number}.png", "prefix": "caption en", "suffix": answer}
+        lines.append(json.dumps(line))
+    (folder / "labels.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def weights(folder):
+    return load_hf_model(folder, "cpu")[0].state_dict()
+
+
+# What is trained
+
+
+def test_patterns_choose_by_name_and_the_head_is_the_embedding():
+    model = tiny_model()
+    everything = choose_parameters(model, ["*"])
+    assert len(everything) == len(list(model.parameters()))
+    attention = choose_parameters(model, ["language_model.*.self_attn.*"])
+    assert len(attention) == 3 * 4
+    assert all(".self_attn." in name for name in attention)
+    two = choose_parameters(model, ["multi_modal_projector.*", "*.norm.weight"])
+    assert two == [
+        "multi_modal_projector.linear.weight",
+        "multi_modal_projector.linear.bias",
+        "language_model.model.norm.weight",
+    ]
+    with pytest.raises(ValueError, match="named like 'voice.*'.*language_model.*"):
+        choose_parameters(model, ["*", "voice.*"])
+    maps = linear_maps(model, everything)
+    assert "language_model.lm_head" not in maps and len(maps) == 2 * 6 + 1 + 3 * 7
+    with pytest.raises(ValueError, match="linear maps"):
+        linear_maps(model, ["language_model.model.norm.weight"])
+
+
+def test_the_default_leaves_the_eyes_alone():
+    model = tiny_model()
+    choose_trained(model, FineTuningConfig().train)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != name.startswith("vision_tower."), name
+
+
+def test_frozen_is_bit_for_bit_and_trained_moves():
+    model = tiny_model()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    choose_trained(model, ["*.mlp.up_proj.weight"])
+    step_once(model, [batch()])
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) != ("up_proj" in name), name
+
+
+def test_new_adapters_change_nothing_and_merged_ones_give_the_same():
+    model, inputs = tiny_model(), batch()
+    keys, start = model.state_dict().keys(), model(**inputs)["logits"]
+    adapters = choose_trained(model, ["language_model.*"], lora_rank=2)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
+    assert torch.equal(model(**inputs)["logits"], start)
+    for _ in range(3):
+        step_once(model, [inputs])
+    learned = model(**inputs)["logits"]
+    assert (learned - start).abs().max() > 1e-3
+    finish(model, adapters, torch.float32)
+    torch.testing.assert_close(model(**inputs)["logits"], learned, atol=2e-5, rtol=0)
+    assert model.state_dict().keys() == keys
+
+
+def test_trained_weights_are_float32_and_frozen_matrices_stay_bfloat16():
+    model = tiny_model(torch.bfloat16)
+    adapters = choose_trained(model, ["language_model.model.layers.*"])
+    optimizer = step_once(model, [batch()], learning_rate=1e-5, mixed="bf16")
+    for name, parameter in model.named_parameters():
+        wanted = parameter.requires_grad or parameter.ndim < 2
+        assert (parameter.dtype == torch.float32) == wanted, name
+    moments = [m for state in optimizer.state.values() for m in state.values()]
+    assert moments and all(moment.dtype == torch.float32 for moment in moments)
+    finish(model, adapters, torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_small_steps_are_kept_that_bfloat16_loses():
+    """A hundred steps of 1e-4 from 1: lost one by one in bfloat16, not in float32."""
+    moved = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        weight = nn.Parameter(torch.ones(8, dtype=dtype))
+        optimizer = torch.optim.AdamW([weight], lr=1e-4, weight_decay=0)
+        for _ in range(100):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        moved[dtype] = 1 - weight.float().mean().item()
+    assert moved[torch.bfloat16] == 0
+    assert moved[torch.float32] == pytest.approx(1e-2, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["*", "*position_embedding*", "*embed_tokens*", "vision*norm*", "multi*", "*fc1*"],
+)
+def test_any_part_can_be_trained_under_bfloat16(pattern):
+    model = tiny_model(torch.bfloat16)
+    choose_trained(model, [pattern])
+    step_once(model, [batch()], mixed="bf16")
+
+
+# The step
+
+
+def step_once(model, parts, learning_rate=1e-2, mixed="no"):
+    """One step of fine-tuning with AdamW; returns the optimizer."""
+    accelerator = Accelerator(cpu=True, mixed_precision=mixed)
+    config = FineTuningConfig(learning_rate=learning_rate)
+    learner = AnswerLoss(model)
+    learner, optimizer = accelerator.prepare(
+        learner, make_optimizer(learner, config.schedule(100))
+    )
+    finetuning_step(accelerator, learner, optimizer, parts, learning_rate, 1.0)
+    return optimizer
+
+
+def cut(inputs, sizes):
+    """A batch → parts of these sizes, each as long as its longest row."""
+    parts, start = [], 0
+    for size in sizes:
+        part = {name: t[start : start + size] for name, t in inputs.items()}
+        length = int(part["attention_mask"].sum(dim=1).max())
+        for name in part.keys() - {"pixel_values"}:
+            part[name] = part[name][:, :length]
+        parts.append(part)
+        start += size
+    return parts
+
+
+def test_the_loss_is_the_models_own():
+    model, inputs = tiny_model(), batch()
+    tokens = (inputs["labels"] != -100).sum()
+    torch.testing.assert_close(
+        AnswerLoss(model)(inputs) / tokens, model(**inputs)["loss"]
+    )
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (3, 1)])
+def test_parts_make_the_same_step_as_one_batch(sizes):
+    whole, parts, inputs = tiny_model(), tiny_model(), batch()
+    for model in (whole, parts):
+        choose_trained(model, ["*"])
+    # SGD instead of AdamW: its step is the gradient, so nothing hides a factor.
+    losses = []
+    for model, pieces in ((whole, [inputs]), (parts, cut(inputs, sizes))):
+        accelerator = Accelerator(cpu=True)
+        learner, optimizer = accelerator.prepare(
+            AnswerLoss(model), torch.optim.SGD(model.parameters(), lr=0.1)
+        )
+        loss = finetuning_step(accelerator, learner, optimizer, pieces, 0.1, 1e9)
+        losses.append(loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0] == pytest.approx(tiny_model()(**inputs)["loss"].item(), rel=1e-5)
+    for (name, a), b in zip(whole.named_parameters(), parts.parameters()):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-4, msg=name)
+
+
+def test_checkpointing_has_the_same_gradients_and_keeps_less():
+    inputs, results = batch(), []
+    for again in (False, True):
+        model, kept = tiny_model(), 0
+
+        def keep(tensor):
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        if again:
+            with gradient_checkpointing(model), hooks:
+                loss = AnswerLoss(model)(inputs)
+                loss.backward()
+        else:
+            with hooks:
+                loss = AnswerLoss(model)(inputs)
+            loss.backward()
+        layer = model.language_model.model.layers[0]
+        assert "forward" not in vars(layer)  # the model is as it was
+        results.append((kept, loss, [p.grad for p in model.parameters()]))
+    (kept, loss, gradients), (fewer, same_loss, same) = results
+    assert torch.equal(loss, same_loss)
+    torch.testing.assert_close(gradients, same, atol=1e-6, rtol=1e-5)
+    assert fewer < kept / 2
+
+
+# The rows
+
+
+def test_held_out_pictures_are_never_trained_on(tmp_path):
+    rows = []
+    for number in range(20):
+        image = tmp_path / f"{number}.png"
+        # Every picture is there twice, under two names, and asked about twice.
+        Image.new("RGB", (8, 8), (number // 2 * 20, 0, 0)).save(image)
+        rows += [Row(image, "caption en", "owl"), Row(image, "detect owl", "owl")]
+    training, held = hold_out(rows, 0.2, seed=0)
+    assert len(held) == 2 * 2 * 2 and len(training) + len(held) == len(rows)
+    colors = [{r.image.read_bytes() for r in part} for part in (training, held)]
+    assert not colors[0] & colors[1]
+    assert hold_out(rows, 0.2, seed=0)[1] == held
+    assert any(hold_out(rows, 0.2, seed=s)[1] != held for s in range(1, 5))
+    with pytest.raises(ValueError, match="1 different pictures are too few"):
+        hold_out(rows[:4], 0.2, seed=0)
+
+
+def test_every_epoch_has_every_row():
+    order = row_order(10, 25, seed=0)
+    assert len(order) == 25
+    assert sorted(order[:10]) == sorted(order[10:20]) == list(range(10))
+    assert order[:10] != order[10:20]
+    assert epoch_ends(10, 4, 3) == {3, 5, 8}
+    assert FineTuningConfig(batch_size=4, epochs=3).schedule(10).steps == 8
+
+
+def test_rows_may_have_empty_lines_and_a_byte_order_mark(data):
+    lines = (data / "labels.jsonl").read_text()
+    odd = data / "odd.txt"  # a file may be given outright
+    odd.write_text("\ufeff\n" + lines.replace("\n", "\n\n"), encoding="utf-8")
+    rows = read_rows(odd)
+    assert len(rows) == 12 and rows[1].where == "odd.txt line 4"
+    assert rows[0].image == data / "0.png"
+    odd.unlink()
+
+
+# The command
+
+
+@pytest.fixture
+def folder(data, tmp_path, monkeypatch):
+    """A folder of one's own, with data that a test may spoil."""
+    monkeypatch.chdir(tmp_path)
+    for path in data.iterdir():
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / path.name).write_bytes(path.read_bytes())
+    return tmp_path / "mine"
+
+
+def read_log(folder):
+    lines = Path(folder, "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def run(model_path, *more):
+    words = ["--data", "mine", "--output", "new", "--model_path", str(model_path)]
+    return main([*words, *QUICK, *more])
+
+
+def test_the_command_from_folder_to_checkpoint(checkpoints, folder, capsys):
+    assert run(checkpoints / "float32", "--epochs", "8") == 0
+    out = capsys.readouterr().out
+    log = read_log("new")
+    before, after = log[0]["held_out"], log[-1]["held_out"]
+    assert f"{before:.4g} before, {after:.4g} after" in out and after < before / 2
+    assert [entry["step"] for entry in log if "held_out" in entry] == (
+        [0, 3, 6, 9, 11, 14, 17, 20, 22]
+    )
+    assert not Path("new.unfinished").exists()
+    card = Path("new/README.md").read_text()
+    assert f"| {before:.4g} | {after:.4g} |" in card
+    assert "12 rows about 12 pictures" in card and "caption (12)" in card
+    assert "license:" not in card and "names no license" in card
+    assert str(checkpoints) not in card  # a folder's path is nobody's business
+    was, now = weights(checkpoints / "float32"), weights("new")
+    for name in was:
+        eyes = name.startswith("vision_tower.")
+        assert torch.equal(was[name], now[name]) == eyes, name
+
+
+def test_the_loss_after_is_that_of_the_saved_weights(checkpoints, folder):
+    config = FineTuningConfig(learning_rate=3e-3, epochs=1, only_cpu=True)
+    log = finetune("mine", "new", config, checkpoints / "bfloat16")
+    _, held = hold_out(read_rows("mine"), config.held_out, config.seed)
+    for path, entry in ((checkpoints / "bfloat16", log[0]), ("new", log[-1])):
+        model, tokenizer = load_hf_model(path, "cpu")
+        assert model.dtype == torch.bfloat16
+        processor = make_processor(model.float(), tokenizer)
+        texts = [row.prefix for row in held], [row.image for row in held]
+        inputs = processor(*texts, [row.suffix for row in held])
+        with torch.no_grad():
+            loss = model(**inputs)["loss"].item()
+        assert entry["held_out"] == pytest.approx(loss, rel=0.03)
+
+
+@pytest.mark.filterwarnings("default")  # transformers warns about itself
+def test_what_lora_leaves_is_an_ordinary_checkpoint(checkpoints, folder):
+    words = ["--lora_rank", "2", "--gradient_checkpointing", "--micro_batch_size", "3"]
+    assert run(checkpoints / "bfloat16", *words) == 0
+    theirs, info = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+        "new", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert theirs.dtype == torch.bfloat16
+    was, now = weights(checkpoints / "bfloat16"), weights("new")
+    changed = {name for name in was if not torch.equal(was[name], now[name])}
+    assert changed and all("_proj" in n or "projector" in n for n in changed), changed
+    assert "| lora_rank | 2 |" in Path("new/README.md").read_text()
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(checkpoints, folder, capsys):
+    model, words = checkpoints / "float32", ["--lora_rank", "2", "--save_every", "2"]
+    assert run(model, *words, "--stop_after", "4") == 0
+    assert "stopped at step 4: go on with --resume" in capsys.readouterr().out
+    assert not Path("new").exists()
+    assert run(model, *words) == 2
+    assert "holds an unfinished run" in capsys.readouterr().err
+    assert run(model, *words, "--resume", "--weight_decay", "0.1") == 2
+    assert "has weight_decay 0.0, not 0.1: resume it" in capsys.readouterr().err
+    assert run(model, *words, "--resume") == 0
+    Path("new").rename("parts")
+    assert run(model, *words) == 0
+    for name, tensor in weights("new").items():
+        assert torch.equal(tensor, weights("parts")[name]), name
+    assert Path("new/log.jsonl").read_text() == Path("parts/log.jsonl").read_text()
+
+
+def test_resume_without_a_run_says_so(checkpoints, folder, capsys):
+    assert run(checkpoints / "float32", "--resume") == 2
+    assert "nothing is saved in" in capsys.readouterr().err
+
+
+def test_the_card_of_googles_children_carries_gemmas_terms(tmp_path, monkeypatch):
+    assert base_license("google/paligemma-3b-pt-224") == "gemma"
+    assert base_license(None) == "apache-2.0"
+    model = "google/paligemma-3b-pt-224@bfloat16"
+    monkeypatch.setattr("vlm.finetuning.find_checkpoint", lambda path: tmp_path)
+    data = dict.fromkeys(
+        ("file sha256 rows pictures held_out_rows held_out_pictures tasks").split(), 1
+    )
+    card = model_card("mine", model, data, {"epochs": 3}, 2.0, 0.5)
+    assert "license: gemma\nbase_model: google/paligemma-3b-pt-224\n---" in card
+    assert "Gemma Terms of Use" in license_note("gemma")
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "log.jsonl").write_text("")
+    monkeypatch.setattr("vlm.finetuning.save_hf_model", lambda m, t, f: f.mkdir())
+    write_checkpoint(tiny_model(), None, work, tmp_path / "new", card)
+    assert "ai.google.dev/gemma/terms" in (tmp_path / "new" / "NOTICE").read_text()
+
+
+SCRIPT = """
+import sys
+import torch
+from vlm.finetuning import main
+torch.set_num_threads(1)
+raise SystemExit(main(sys.argv[1:]))
+"""
+
+
+def test_two_processes_have_the_loss_of_one(checkpoints, folder):
+    assert run(checkpoints / "float32", "--micro_batch_size", "1") == 0
+    Path("run.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    command += ["--num_processes", "2", "--num_machines", "1", "run.py"]
+    words = ["--data", "mine", "--output", "two", *QUICK]
+    words += ["--model_path", str(checkpoints / "float32"), "--micro_batch_size", "1"]
+    done = subprocess.run(
+        [*command, *words], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = read_log("new"), read_log("two")
+    assert [entry["step"] for entry in two] == [entry["step"] for entry in one]
+    for a, b in zip(one, two, strict=True):
+        for name in {"loss", "held_out"} & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=2e-3), (a, b)
+
+
+# Mistakes
+
+
+def spoil(folder, number, text):
+    """Put `text` into a line of the labels; `number` counts from 1."""
+    lines = (folder / "labels.jsonl").read_text().splitlines()
+    lines[number - 1] = text
+    (folder / "labels.jsonl").write_text("\n".join(lines))
+
+
+GOOD = {"image": "0.png", "prefix": "caption en", "suffix": "an owl"}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{'image': 1}", "labels.jsonl line 3 is no JSON"),
+        ("[1, 2]", "labels.jsonl line 3 must be an object"),
+        (GOOD | {"answer": "owl"}, "labels.jsonl line 3: unknown key 'answer'"),
+        ({"image": "0.png", "prefix": "a"}, "labels.jsonl line 3: 'suffix' is missing"),
+        (GOOD | {"suffix": 7}, "labels.jsonl line 3: suffix must be text, not 7"),
+        (GOOD | {"suffix": " "}, "labels.jsonl line 3: suffix is empty"),
+        (GOOD | {"prefix": "<image>a"}, "labels.jsonl line 3: prefix contains <image>"),
+        (GOOD | {"image": "no.png"}, "labels.jsonl line 3: no image file at mine"),
+        (GOOD | {"image": "labels.jsonl"}, "labels.jsonl line 3: mine"),
+        (GOOD | {"suffix": "owl " * 300}, "labels.jsonl line 3: "),
+    ],
+)
+def test_a_bad_row_is_one_line_with_its_place(
+    line, message, checkpoints, folder, capsys
+):
+    spoil(folder, 3, line if isinstance(line, str) else json.dumps(line))
+    assert run(checkpoints / "float32") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert not Path("new.unfinished").exists()
+
+
+def test_a_row_that_is_too_long_says_by_how_much(checkpoints):
+    model, tokenizer = load_hf_model(checkpoints / "float32", "cpu")
+    rows = [Row(Path("0.png"), "caption en", "owl " * 300, "mine line 3")]
+    with pytest.raises(ValueError, match=r"line 3: \d+ tokens.*256 positions"):
+        check_lengths(rows, make_processor(model, tokenizer), 256)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--data", "nowhere"], "no folder nowhere"),
+        (["--data", "mine/0.png"], "is not text in UTF-8"),
+        (["--output", "mine"], "mine exists already"),
+        (["--model_path", "nowhere"], "no folder nowhere"),
+        (["--train", "voice.*"], "no parameter is named like 'voice.*'"),
+        (["--train", "*norm*", "--lora_rank", "2"], "LoRA works on linear maps"),
+        (["--held_out", "0.99"], "too few to hold"),
+        (["--held_out", "1.5"], "held_out must be a share"),
+        (["--epochs", "0"], "epochs must be positive"),
+        (["--lora_rank", "-1"], "lora_rank must not be negative"),
+        (["--stop_after", "0"], "stop_after must be at least 1"),
+        (["--dtype", "int8"], "int8"),
+        (["--gradient_checkpointing", "maybe"], "neither True nor False"),
+        (["--learning_rat", "1"], "did you mean --learning_rate?"),
+        (["--epochs", "many"], "--help lists all options"),
+    ],
+)
+def test_a_bad_option_is_one_line(words, message, checkpoints, folder, capsys):
+    assert run(checkpoints / "float32", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and error.startswith("error: ")
+    assert not Path("new").exists() and not Path("new.unfinished").exists()
+
+
+def test_no_labels_and_two_are_errors_that_name_them(checkpoints, folder, capsys):
+    (folder / "more.jsonl").write_text("")
+    assert run(checkpoints / "float32") == 2
+    assert "mine holds labels.jsonl, more.jsonl" in capsys.readouterr().err
+    for path in folder.glob("*.jsonl"):
+        path.unlink()
+    assert run(checkpoints / "float32") == 2
+    assert "no .jsonl file in mine" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_one_line(
+    checkpoints, folder, capsys
+):
+    assert run(checkpoints / "float32", "--learning_rate", "1e30") == 2
+    error = capsys.readouterr().err
+    assert "no longer a number" in error.splitlines()[-1]
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("missing", ["--data", "--output"])
+def test_data_and_output_must_be_given(missing, capsys):
+    words = [w for w in ("--data", "--output") if w != missing]
+    assert main([w for word in words for w in (word, "x")]) == 2
+    assert f"{missing} is missing" in capsys.readouterr().err
