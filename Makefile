@@ -20,7 +20,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test demo lab export bench check-book clean-notebooks format clean
+.PHONY: help venv book test demo lab export bench full-size check-book clean-notebooks format clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -68,6 +68,9 @@ export: $(READY) ## Write vlm/*.py from the notebooks
 
 bench: $(READY) ## Measure speed and memory against transformers
 	$(PY) benchmarks/run.py
+
+full-size: $(READY) ## Check a random 3B checkpoint: 6 GB of disk, 18 GB of memory
+	$(PY) tools/check_full_size.py
 
 clean-notebooks: $(READY) ## Strip outputs, counts and metadata from the notebooks
 	$(PY) tools/clean_notebooks.py

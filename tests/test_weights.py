@@ -1,7 +1,10 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,12 +15,14 @@ from reference import pair, random_inputs, tiny_config
 from safetensors.torch import load_file, save_file
 
 import vlm.weights
+from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
 from vlm.weights import (
     EMBEDDED,
     EMBEDDING,
     INDEX_FILE,
     SINGLE_FILE,
+    SMALL_FILES,
     TIED,
     canonical_name,
     check_tensors,
@@ -27,6 +32,7 @@ from vlm.weights import (
     find_tensors,
     load_chosen_model,
     load_hf_model,
+    make_processor,
     save_hf_model,
 )
 
@@ -129,6 +135,16 @@ def test_transformers_loads_what_we_save(models, tokenizer, tmp_path):
     assert settings.pad_token_id == 0
 
 
+@pytest.mark.parametrize("size", ["5GB", "40KB"])
+def test_transformers_finds_every_tensor_and_no_other(model, tokenizer, tmp_path, size):
+    save_hf_model(model, tokenizer, tmp_path, size)
+    _, info = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert not info[kind], (kind, info[kind])
+
+
 def test_transformers_processor_reads_what_we_save(checkpoint, tokenizer, model):
     sizes = model.config.vision_config
     ours = PaliGemmaProcessor(tokenizer, sizes.num_image_tokens, sizes.image_size)
@@ -214,7 +230,7 @@ DAMAGES = {
     ),
     "many": (
         lambda t: {n: x for n, x in t.items() if "vision" not in n},
-        r"missing vision_tower.*; and \d+ more$",
+        r"missing vision_tower.*; and \d+ more\. Fetch it again, or give the config",
     ),
 }
 
@@ -265,12 +281,31 @@ def test_missing_shard(shards):
 
 def test_index_and_shards_disagree(shards):
     index = json.loads((shards / INDEX_FILE).read_text())
-    first, last = sorted(path.name for path in shards.glob("*.safetensors"))[::4][:2]
+    files = list(index["weight_map"].values())
+    first = max(files, key=files.count)  # moving one tensor away leaves it others
+    last = max(file for file in files if file != first)
     name = next(n for n, file in index["weight_map"].items() if file == first)
     index["weight_map"][name] = last
     (shards / INDEX_FILE).write_text(json.dumps(index))
-    message = f"{INDEX_FILE} promises {name} in {last}: not there"
+    message = f"{INDEX_FILE} promises {name} in {last}, and it isn't there: fetch both"
     with pytest.raises(ValueError, match=message):
+        load_hf_model(shards, "cpu")
+
+
+def test_a_shard_that_the_index_does_not_name(shards):
+    first = sorted(shards.glob("*.safetensors"))[0]
+    index = json.loads((shards / INDEX_FILE).read_text())
+    kept = {n: file for n, file in index["weight_map"].items() if file != first.name}
+    (shards / INDEX_FILE).write_text(json.dumps({"weight_map": kept}))
+    message = f"{INDEX_FILE} names no tensor of {first.name}, a shard beside it: fetch"
+    with pytest.raises(ValueError, match=message):
+        load_hf_model(shards, "cpu")
+
+
+def test_truncated_shard(shards):
+    last = sorted(shards.glob("*.safetensors"))[-1]
+    os.truncate(last, last.stat().st_size - 1)
+    with pytest.raises(ValueError, match=rf"{last.name} can't be read \(truncated"):
         load_hf_model(shards, "cpu")
 
 
@@ -310,8 +345,41 @@ def test_another_architecture(copy):
     config = json.loads((copy / "config.json").read_text())
     config["text_config"]["model_type"] = "llama"
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="llama"):
+    message = (
+        "config.json is not a PaliGemma's: .*llama.* Give the folder or the hub id"
+    )
+    with pytest.raises(ValueError, match=message):
         load_hf_model(copy, "cpu")
+
+
+def test_config_and_weights_of_different_picture_sizes(copy, model, tokenizer):
+    larger = tiny_config(vision=dict(image_size=42))
+    larger.save_pretrained(copy)
+    with pytest.raises(
+        ValueError,
+        match=r"position_embedding.weight in .* has shape \[4, 24\], not \[9, 24\]",
+    ):
+        load_hf_model(copy, "cpu")
+
+
+def test_processor_and_model_of_different_picture_sizes(tokenizer):
+    words = dict(
+        text=dict(vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    model = PaliGemmaForConditionalGeneration(tiny_config(**words))
+    wide = tiny_config(vision=dict(image_size=42), **words)
+    larger = PaliGemmaForConditionalGeneration(wide)
+    picture = torch.randint(0, 256, (50, 30, 3), dtype=torch.uint8).numpy()
+    small, large = (make_processor(m, tokenizer) for m in (model, larger))
+    assert (small.num_image_tokens, large.num_image_tokens) == (4, 9)
+    with pytest.raises(ValueError, match="use a processor with image_size=42"):
+        larger(**small("caption en", picture))
+    with pytest.raises(ValueError, match="use a processor with image_size=28"):
+        model(**large("caption en", picture))
+    wrong = PaliGemmaProcessor(tokenizer, 4, 42)  # right pixels, too few seats
+    with pytest.raises(ValueError, match=r"9 features each .* \[4\] image tokens"):
+        larger(**wrong("caption en", picture))
 
 
 def test_no_tokenizer(copy):
@@ -342,38 +410,187 @@ def test_a_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
     assert find_checkpoint("google/model") == Path("google/model")
 
 
-def test_a_hub_id_is_fetched_without_pickles(checkpoint, monkeypatch):
-    calls = []
+def test_a_revision_needs_a_hub_id(checkpoint):
+    for path in (None, checkpoint):
+        with pytest.raises(ValueError, match="revision='main' needs a hub id"):
+            load_hf_model(path, "cpu", revision="main")
+    with pytest.raises(ValueError, match="a/b@one and revision='two' disagree"):
+        find_checkpoint("a/b@one", "two")
 
-    def fetch(name, allow_patterns):
-        calls.append((name, allow_patterns))
-        return str(checkpoint)
 
-    monkeypatch.setattr(vlm.weights, "snapshot_download", fetch)
-    load_hf_model("google/paligemma-3b-mix-224", "cpu")
-    patterns = ["*.json", "*.safetensors", "*.model"]
-    assert calls == [("google/paligemma-3b-mix-224", patterns)]
+@pytest.mark.parametrize("name", ["a/b@", "a/b@ ", "@main", "a@b/c", "a/b/c@main"])
+def test_what_is_no_hub_id(name, monkeypatch):
+    monkeypatch.setattr(vlm.weights, "snapshot_download", pytest.fail)
+    with pytest.raises(FileNotFoundError, match="give a checkpoint's folder"):
+        find_checkpoint(name)
 
 
 @pytest.mark.parametrize(
-    "error", [LocalEntryNotFoundError("offline"), OSError(""), ValueError("bad id")]
+    "error", [OSError("no space left"), ValueError("bad id\nlong")]
 )
-def test_a_hub_id_that_cannot_be_fetched(monkeypatch, error):
+def test_other_trouble_with_the_hub_is_passed_on(monkeypatch, error):
     def fetch(*args, **kwargs):
         raise error
 
     monkeypatch.setattr(vlm.weights, "snapshot_download", fetch)
-    message = "no folder some/model, and as a hub id it can't be fetched.*hf auth login"
-    with pytest.raises(FileNotFoundError, match=message):
+    reason = str(error).partition("\n")[0]
+    with pytest.raises(FileNotFoundError, match=f"can't be fetched .*: {reason}$"):
         load_hf_model("some/model", "cpu")
 
 
-def test_offline(tmp_path, monkeypatch):
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of huggingface.co as fetching a repository needs."""
+
+    def do_GET(self):
+        hub = self.server
+        hub.asked.append(self.path)
+        what = self.path.partition("?")[0].split("/")
+        if what[1] == "api":  # api, models, owner, name, …
+            name, rest = "/".join(what[3:5]), what[5:]
+        else:
+            name, rest = "/".join(what[1:3]), what[3:]
+        if name not in ("some/model", "gated/model"):
+            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        if rest[0] == "revision" and rest[1] not in ("main", "half", COMMIT):
+            return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        if rest[0] == "revision":
+            return self.answer(200, json.dumps({"id": name, "sha": COMMIT}).encode())
+        if rest[0] == "tree":
+            files = [
+                {"type": "file", "path": path, "size": len(data), "oid": path}
+                for path, data in hub.files.items()
+            ]
+            return self.answer(200, json.dumps(files).encode())
+        if name == "gated/model":
+            return self.answer(401, b"", {"X-Error-Code": "GatedRepo"})
+        path = "/".join(rest[2:])
+        hub.fetched.add(path)
+        headers = {"ETag": f'"{path}"', "X-Repo-Commit": COMMIT}
+        return self.answer(200, hub.files[path], headers)
+
+    do_HEAD = do_GET
+
+    def answer(self, status, data, headers=None):
+        self.send_response(status)
+        for key, value in {**(headers or {}), "Content-Length": len(data)}.items():
+            self.send_header(key, str(value))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(checkpoint, tmp_path, monkeypatch):
+    """A hub on this machine, and an empty cache; `.files` may be changed."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.asked, server.fetched = [], set()
+    server.files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    for unwanted in ("README.md", "pytorch_model.bin", "onnx/model.safetensors"):
+        server.files[unwanted] = b"not wanted"
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {
+        "ENDPOINT": address,
+        "HUGGINGFACE_CO_URL_TEMPLATE": address
+        + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("in_id", [True, False])
+def test_a_hub_id_is_fetched_once_and_only_what_is_read(hub, model, monkeypatch, in_id):
+    given = ("some/model@half",) if in_id else ("some/model",)
+    revision = None if in_id else "half"
+    loaded, _ = load_hf_model(*given, "cpu", revision=revision)
+    assert_same_weights(loaded, model)
+    assert any("/revision/half" in path for path in hub.asked)
+    assert not any("/revision/main" in path for path in hub.asked)
+    wanted = {name for name in hub.files if name.endswith(("json", "safetensors"))}
+    assert hub.fetched == wanted - {"onnx/model.safetensors"}
+
+    hub.fetched.clear()
+    load_hf_model(*given, "cpu", revision=revision)
+    assert not hub.fetched  # the cache had it all
+
+    hub.asked.clear()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert_same_weights(load_hf_model(*given, "cpu", revision=revision)[0], model)
+    # A commit names what is there too, without asking which branch it was.
+    assert_same_weights(load_hf_model(f"some/model@{COMMIT}", "cpu")[0], model)
+    assert not hub.asked
+
+
+def test_another_architecture_on_the_hub_costs_kilobytes(hub):
+    config = json.loads(hub.files["config.json"]) | {"model_type": "llama"}
+    hub.files["config.json"] = json.dumps(config).encode()
+    with pytest.raises(ValueError, match="config.json is not a PaliGemma's: .*llama"):
+        load_hf_model("some/model", "cpu")
+    assert hub.fetched and SINGLE_FILE not in hub.fetched
+
+
+def test_a_part_of_a_repository_can_be_had_alone(hub):
+    folder = find_checkpoint("some/model", only=("config.json", "mask_decoder.*"))
+    assert hub.fetched == {"config.json"} == {path.name for path in folder.iterdir()}
+    find_checkpoint("some/model", only=SMALL_FILES)
+    assert SINGLE_FILE not in hub.fetched and "tokenizer.json" in hub.fetched
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gated/model", "gated/model is behind a license: accept it on http.*/gated/"),
+        ("no/model", "the hub has no no/model, or it is private: look for it at http"),
+        ("some/model@none", "some/model has no revision none: http.*/tree/main lists"),
+    ],
+)
+def test_what_the_hub_refuses_is_told_apart(hub, name, message):
     with pytest.raises(
-        FileNotFoundError, match="no folder some/model, and as a hub id"
+        FileNotFoundError, match=f"no folder {name}, and {message}"
+    ) as e:
+        load_hf_model(name, "cpu")
+    assert ("hf auth login" in str(e.value)) == ("revision" not in message)
+    assert ("HF_TOKEN" in str(e.value)) == ("revision" not in message)
+
+
+NOT_IN_CACHE = (
+    "is not, or not whole, in the cache .*cache, and the hub can't be reached"
+)
+
+
+def test_offline_without_a_cache(hub, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        FileNotFoundError, match=f"some/model {NOT_IN_CACHE}.*HF_HUB_OFF"
     ):
+        load_hf_model("some/model", "cpu")
+    assert not hub.asked
+
+
+def test_offline_with_half_of_it_in_the_cache(hub, monkeypatch):
+    find_checkpoint("some/model", only=SMALL_FILES)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=f"{NOT_IN_CACHE}.*incomplete"):
+        load_hf_model("some/model", "cpu")
+
+
+def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
+    def fetch(*args, **kwargs):
+        raise LocalEntryNotFoundError("Got: ConnectError: no route\nPlease check it.")
+
+    monkeypatch.setattr(vlm.weights, "snapshot_download", fetch)
+    with pytest.raises(FileNotFoundError, match=rf"{NOT_IN_CACHE}.*no route\)$"):
         load_hf_model("some/model", "cpu")
 
 
@@ -405,6 +622,18 @@ def test_auto_dtype_is_the_files(model, tokenizer, tmp_path):
 def test_bad_dtype(checkpoint, dtype):
     with pytest.raises(ValueError, match="is not a floating-point type of torch"):
         load_hf_model(checkpoint, "cpu", dtype)
+
+
+def test_apples_gpus_have_bfloat16_since_macos_14_and_never_float64(monkeypatch):
+    apple = torch.device("mps")
+    for new, wanted in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(
+            torch.backends.mps, "is_macos_or_newer", lambda *version, new=new: new
+        )
+        assert choose_dtype("auto", torch.bfloat16, apple) == wanted
+    assert choose_dtype("auto", torch.float64, apple) == torch.float32
+    assert choose_dtype("auto", torch.float16, apple) == torch.float16
+    assert choose_dtype("auto", torch.bfloat16, torch.device("cpu")) == torch.bfloat16
 
 
 def test_bfloat16_where_a_card_only_imitates_it(monkeypatch):
@@ -474,6 +703,39 @@ def test_on_the_cpu_the_file_is_the_model(copy, monkeypatch):
     assert not any(start <= place < end for start, end in ranges)
 
 
+PEAK = """
+import sys
+from pathlib import Path
+from vlm.weights import find_tensors, load_hf_model
+
+def memory(field):
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(field + ":")[1].split()[0]) * 1024
+
+tiny, folder, dtype = sys.argv[1:]
+load_hf_model(tiny, "cpu", dtype)  # so that all libraries are there before we measure
+before = memory("VmRSS")
+model, _ = load_hf_model(folder, "cpu", dtype)
+for weight in model.parameters():
+    weight.sum().item()  # a mapped file takes memory when it is read
+size = sum(file.stat().st_size for file in set(find_tensors(Path(folder)).values()))
+print((memory("VmHWM") - before) / size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_conversion_takes_the_new_model_s_memory_and_no_copy_of_the_file(
+    checkpoint, tokenizer, tmp_path
+):
+    text = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=24)
+    model = PaliGemmaForConditionalGeneration(tiny_config(text=text))
+    save_hf_model(model, tokenizer, tmp_path)
+    command = [sys.executable, "-c", PEAK, checkpoint, tmp_path, "bfloat16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # Half of the file, the tensor that is being converted, and what loading needs.
+    assert float(done.stdout) < 0.75
+
+
 # --- Saving -------------------------------------------------------------------------
 
 
@@ -529,6 +791,15 @@ def test_chosen_model_is_the_embedded_one_unless_another_is_named(monkeypatch):
     assert str(model.dtype) in about and len(tokenizer) > 0
 
 
+def test_the_weights_page_says_what_the_sizes_say():
+    root = Path(__file__).resolve().parent.parent
+    tool = root / "tools" / "what_fits.py"
+    done = subprocess.run(
+        [sys.executable, tool, "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_chosen_model_comes_from_a_folder_and_is_named(checkpoint, monkeypatch):
     monkeypatch.setenv("VLM_MODEL", str(checkpoint))
     loaded, _, about = load_chosen_model()
@@ -536,7 +807,7 @@ def test_chosen_model_comes_from_a_folder_and_is_named(checkpoint, monkeypatch):
     assert_same_weights(loaded.float().cpu(), load_hf_model(checkpoint, "cpu")[0])
 
 
-@pytest.mark.parametrize("name", ["/no/such/folder", "someone/something"])
+@pytest.mark.parametrize("name", ["/no/such/folder", "someone/something@main"])
 def test_a_chosen_model_that_cant_be_had_is_explained_and_replaced(
     name, monkeypatch, capsys
 ):
@@ -547,5 +818,5 @@ def test_a_chosen_model_that_cant_be_had_is_explained_and_replaced(
     assert "goes on with the embedded model" in said and EMBEDDED.name in about
     # What a hub id needs is said before anything is fetched.
     assert ("6 GB of memory" in said.partition("can't be used")[0]) == (
-        name == "someone/something"
+        name == "someone/something@main"
     )

@@ -8,14 +8,20 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import save_torch_state_dict, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import constants, save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -30,18 +36,23 @@ __all__ = [
     "RENAMES",
     "EMBEDDING",
     "TIED",
+    "SMALL_FILES",
+    "ALL_FILES",
     "FLOAT_TYPES",
     "canonical_name",
+    "explain_hub_error",
     "find_checkpoint",
     "tensor_names",
     "find_tensors",
     "check_tensors",
     "choose_device",
+    "has_bfloat16",
     "choose_dtype",
     "stored_dtype",
     "check_tied",
     "read_weights",
     "load_tokenizer",
+    "read_config",
     "load_hf_model",
     "make_processor",
     "preprocessor_config",
@@ -73,18 +84,63 @@ def canonical_name(name: str) -> str:
     return name
 
 
-def _is_hub_id(model_path: str | os.PathLike) -> bool:
-    "An owner and a name with a slash between, and no folder here."
-    owner_and_name = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(model_path))
-    return bool(owner_and_name) and not Path(model_path).exists()
+def _hub_id(model_path: str | os.PathLike) -> tuple[str, str | None] | None:
+    "(owner/name, revision or None) for `owner/name@revision`; None for what is no id."
+    found = re.fullmatch(r"(\w[\w.-]*/[\w.-]+)(?:@(\S+))?", str(model_path))
+    return (found[1], found[2]) if found and not Path(model_path).exists() else None
 
 
-def find_checkpoint(model_path: str | os.PathLike | None) -> Path:
+def explain_hub_error(name: str, revision: str | None, error: Exception) -> str:
+    """Why the hub didn't give us `name`, and what to click or set: one sentence."""
+    page = f"{constants.ENDPOINT}/{name}"
+    log_in = "run `hf auth login`, or set HF_TOKEN to a token of your account"
+    reason = str(error).strip().partition("\n")[0].rstrip(".") or repr(error)
+    if isinstance(error, GatedRepoError):  # it is a RepositoryNotFoundError too
+        return (
+            f"{name} is behind a license: accept it on {page} with your account on "
+            f"the hub, then {log_in}"
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f"the hub has no {name}, or it is private: look for it at {page}; if it "
+            f"is private, {log_in}"
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            f"{name} has no revision {revision or 'main'}: {page}/tree/main lists its "
+            "branches and tags"
+        )
+    if isinstance(error, LocalEntryNotFoundError):
+        return (
+            f"{name} is not, or not whole, in the cache {constants.HF_HUB_CACHE}, and "
+            "the hub can't be reached: load it once with a network and without "
+            f"HF_HUB_OFFLINE, or give a folder ({reason})"
+        )
+    return f"{name} can't be fetched from the hub: {reason}"
+
+
+SMALL_FILES = ("*.json", "tokenizer.model")  # config, tokenizer, index: quick to fetch
+ALL_FILES = (*SMALL_FILES, "*.safetensors")
+
+
+def find_checkpoint(
+    model_path: str | os.PathLike | None,
+    revision: str | None = None,
+    only: Sequence[str] = ALL_FILES,
+) -> Path:
     """The folder of a checkpoint: None is the embedded one; a hub id is fetched.
 
-    Only config, tokenizer and safetensors are fetched. Raises FileNotFoundError for
-    what is neither a folder nor on the hub, and says what to do.
+    A hub id is `owner/name` or `owner/name@revision`: a branch, a tag or a commit,
+    which `revision` may name instead. Those of its files that match `only` are fetched
+    into the hub's cache, unless they are there. Raises FileNotFoundError for what can't
+    be had, ValueError for a revision that doesn't fit; both say what to do.
     """
+    hub_id = None if model_path is None else _hub_id(model_path)
+    if hub_id is None and revision is not None:
+        raise ValueError(
+            f"revision={revision!r} needs a hub id, and {model_path} is none: a folder "
+            "has no revisions"
+        )
     if model_path is None:
         return EMBEDDED
     folder = Path(model_path).expanduser()
@@ -92,21 +148,21 @@ def find_checkpoint(model_path: str | os.PathLike | None) -> Path:
         return folder
     if folder.exists():
         raise FileNotFoundError(f"{folder} is a file: give the folder that holds it")
-    if not _is_hub_id(model_path):
+    if hub_id is None:
         raise FileNotFoundError(
             f"no folder {folder}: give a checkpoint's folder, or a hub id like "
             "google/paligemma-3b-mix-224"
         )
-    wanted = ["*.json", "*.safetensors", "*.model"]
+    name, in_id = hub_id
+    if None not in (revision, in_id) and revision != in_id:
+        raise ValueError(f"{model_path} and revision={revision!r} disagree: name one")
+    revision = revision or in_id
+    patterns = {"allow_patterns": list(only), "ignore_patterns": ["*/*"]}
     try:
-        return Path(snapshot_download(str(model_path), allow_patterns=wanted))
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"no folder {model_path}, and as a hub id it can't be fetched: "
-            f"{reason.rstrip('.')}. For Google's checkpoints accept the license on "
-            "the model's page, then log in with `hf auth login`"
-        ) from error
+        return Path(snapshot_download(name, revision=revision, **patterns))
+    except (OSError, ValueError) as error:  # the hub's errors are among them
+        reason = explain_hub_error(name, revision, error)
+        raise FileNotFoundError(f"no folder {model_path}, and {reason}") from error
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -138,8 +194,15 @@ def find_tensors(folder: Path) -> dict[str, Path]:
         weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is not an index of shards: {error!r}") from error
+    shards = sorted(set(weight_map.values()))
+    for file in folder.glob("model-*-of-*.safetensors"):
+        if file.name not in shards:
+            raise ValueError(
+                f"{index} names no tensor of {file.name}, a shard beside it: fetch the "
+                "index again, or move the shard away"
+            )
     found = {}
-    for name in sorted(set(weight_map.values())):
+    for name in shards:
         shard = folder / name
         if not shard.is_file():
             raise FileNotFoundError(
@@ -148,7 +211,10 @@ def find_tensors(folder: Path) -> dict[str, Path]:
         found |= dict.fromkeys(tensor_names(shard), shard)
     for name, shard in weight_map.items():
         if found.get(name) != folder / shard:
-            raise ValueError(f"{INDEX_FILE} promises {name} in {shard}: not there")
+            raise ValueError(
+                f"{INDEX_FILE} promises {name} in {shard}, and it isn't there: fetch "
+                f"both files again, into {folder}"
+            )
     return found
 
 
@@ -194,7 +260,8 @@ def check_tensors(
         folder = next(iter(files.values())).parent if files else "the checkpoint"
         raise ValueError(
             f"{folder} doesn't fit the model of its config.json: "
-            f"{'; '.join(problems[:8])}{rest}"
+            f"{'; '.join(problems[:8])}{rest}. Fetch it again, or give the config.json "
+            "that belongs to these tensors"
         )
 
 
@@ -209,17 +276,28 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
     return torch.device("cpu")
 
 
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 itself: imitating it doesn't count."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "mps":
+        return torch.backends.mps.is_macos_or_newer(14, 0)
+    return True
+
+
 def choose_dtype(
     dtype: str | torch.dtype, stored: torch.dtype, device: torch.device
 ) -> torch.dtype:
-    """The dtype by name; "auto": as stored, but float16 on CUDA without bfloat16.
+    """The dtype by name; "auto": as stored, or the nearest that the device has.
 
+    That is float16 for bfloat16 on a GPU without it, float32 for float64 on MPS.
     Raises ValueError for a name that isn't one of torch's floating-point types.
     """
     if dtype == "auto":
-        if stored == torch.bfloat16 and device.type == "cuda":
-            native = torch.cuda.is_bf16_supported(including_emulation=False)
-            return stored if native else torch.float16
+        if stored == torch.bfloat16 and not has_bfloat16(device):
+            return torch.float16
+        if stored == torch.float64 and device.type == "mps":
+            return torch.float32
         return stored
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
@@ -262,15 +340,20 @@ def read_weights(
     """Put the tensors of `files` into a model without memory, one at a time.
 
     On the CPU in the file's own dtype they stay mapped from the file, not copied.
+    Elsewhere only one tensor is in memory twice, while it is converted or moved.
     """
     check_tied(files)
     state: dict[str, Tensor] = {}
     for file in sorted(set(files.values())):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
-                if canonical_name(name) != TIED:
-                    tensor = tensors.get_tensor(name)
-                    state[canonical_name(name)] = tensor.to(device, dtype)
+                if canonical_name(name) == TIED:
+                    continue
+                tensor = tensors.get_tensor(name)  # mapped: nothing is read yet
+                if device.type != "cpu" or tensor.dtype != dtype:
+                    with safe_open(file, "pt") as once:  # closed, its pages are gone
+                        tensor = once.get_tensor(name).to(device, dtype)
+                state[canonical_name(name)] = tensor
     state[TIED] = state[EMBEDDING]
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
@@ -289,20 +372,33 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
+def read_config(folder: Path) -> PaliGemmaConfig:
+    """A checkpoint's sizes; ValueError names the file where it is no PaliGemma's."""
+    try:
+        return PaliGemmaConfig.from_pretrained(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder / 'config.json'} is not a PaliGemma's: {error}. Give the folder "
+            "or the hub id of a PaliGemma checkpoint"
+        ) from error
+
+
 def load_hf_model(
     model_path: str | os.PathLike | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
 ) -> tuple[PaliGemmaForConditionalGeneration, Any]:
     """Load (model, tokenizer) from a folder, a hub id, or None: the embedded one.
 
+    A hub id may end in `@revision`, a branch, tag or commit; `revision` says the same.
     Three layouts of names are understood (hub files, transformers 5 in memory, and what
     it saves); safetensors only, one file or shards. Every name and shape is checked
     before a weight is read. The model comes in eval mode.
     Raises FileNotFoundError and ValueError that name the file and the tensor.
     """
-    folder = find_checkpoint(model_path)
-    config = PaliGemmaConfig.from_pretrained(folder)
+    config = read_config(find_checkpoint(model_path, revision, SMALL_FILES))
+    folder = find_checkpoint(model_path, revision)  # now the weights too
     files = find_tensors(folder)
     with init_empty_weights(include_buffers=False):
         model = PaliGemmaForConditionalGeneration(config)
@@ -403,14 +499,14 @@ def describe_model(
 def load_chosen_model() -> tuple[PaliGemmaForConditionalGeneration, Any, str]:
     """(model, tokenizer, `describe_model`'s sentence) for the variable VLM_MODEL.
 
-    VLM_MODEL is a folder or a hub id; on a GPU the weights come in bfloat16 (float16
-    where it has none). Unset, or where that model can't be had, which a printed line
-    explains: the embedded model.
+    VLM_MODEL is a folder or a hub id, which may end in `@revision`; on a GPU the
+    weights come in bfloat16 (float16 where it has none). Unset, or where that model
+    can't be had, which a printed line explains: the embedded model.
     """
     chosen = os.environ.get("VLM_MODEL", "").strip() or None
     device = choose_device()
     if chosen is not None:
-        if _is_hub_id(chosen):
+        if _hub_id(chosen):
             print(
                 f"VLM_MODEL={chosen}: a checkpoint of 3 billion weights takes 6 to 12 "
                 "GB of disk, and 6 GB of memory in bfloat16. Google's ask you to "

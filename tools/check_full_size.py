@@ -1,0 +1,523 @@
+"""Check memory, loading time and parity on a checkpoint as large as the real one.
+
+    python tools/check_full_size.py [FOLDER] [--rounds 3] [--write]
+
+FOLDER holds a checkpoint of tools/make_full_size.py, which is called where there is
+none: 6 GB of disk, and random weights, the same on every machine. Our code and that of
+transformers are compared on it, in processes of their own, one after the other:
+
+- the ids of 1,000 prompts, and the pixels of two photographs;
+- seconds to load and read every weight, against those to read the files;
+- peak memory of that, against the size of the files;
+- in float32, the logits of the whole prefill and 8 greedy tokens.
+
+With --write the numbers are kept: benchmarks/full_size.json, and the weights page's
+table. It needs 18 GB of memory and, on two free cores, a few minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NUMBERS = ROOT / "benchmarks" / "full_size.json"
+PHOTOS = ROOT / "vlm" / "assets" / "photos"
+QUESTIONS = (("chelsea.jpg", "caption en"), ("coffee.jpg", "detect cup ; spoon"))
+NEW_TOKENS = 8
+MEMORY_NEEDED = 17e9  # 11.7 GB of float32 weights, and what is computed from them
+LIMITS = {"logits": 1e-3, "memory": 1.08, "seconds": 1.3}
+
+TASKS = (
+    "caption {language}",
+    "cap {language}",
+    "describe {language}",
+    "ocr",
+    "answer {language} {question}",
+    "question {language} {thing}",
+    "detect {thing}",
+    "detect {thing} ; {other}",
+    "segment {thing}",
+    "segment {thing} ; {other}",
+    "{strange}",
+    "{thing} {strange}",
+    "answer {language} {strange}",
+)
+LANGUAGES = ("en", "de", "fr", "es", "ja", "zh", "ar", "hi", "th", "zh-Hans")
+QUESTIONS_ASKED = (
+    "what is on the table?",
+    "how many owls are there?",
+    "Où est le chat ?",
+    "Was ist links davon?",
+    "猫はどこにいますか。",
+    "这是什么颜色？",
+)
+THINGS = (
+    "cat",
+    "owl",
+    "traffic light",
+    "left person",
+    "Bücherregal",
+    "café au lait",
+    "зонт",
+    "चाय",
+    "קפה",
+    "T-shirt (red)",
+)
+STRANGE = (
+    "",
+    " ",
+    "   two  spaces ",
+    "\n",
+    "\n\n\n",
+    "line one\nline two\n",
+    "\r\n",
+    "\t tab",
+    "<loc0000><loc0001><loc1022><loc1023>",
+    "<loc0051> <loc0309>\n<loc0708>",
+    "<loc1024>",
+    "<seg000><seg127>",
+    "<seg128>",
+    "<loc0512><loc0512><loc1023><loc1023><seg000><seg064><seg127> owl ; ",
+    "<bos>",
+    "<eos>",
+    "<pad><unk>",
+    "<start_of_turn>user",
+    "▁▁",
+    "e\u0301 is not \u00e9",
+    "\u200b\ufeff",
+    "👩‍👩‍👧‍👦 🦉",
+    "𝕏 ﬁ ①",
+    "العربية",
+    "日本語とEnglish",
+    "0123456789 3.14159 1e-6",
+    "https://example.org/?q=a&b=c#d",
+    "</s> <b>bold</b>",
+    "x" * 300,
+)
+
+
+def make_prompts(number: int = 1000) -> list[str]:
+    """Different prompts: all tasks, many scripts, the empty one, special tokens."""
+    draw = random.Random(0)
+    prompts = dict.fromkeys(STRANGE)  # a set that keeps its order
+    while len(prompts) < number:
+        prompts[
+            draw.choice(TASKS).format(
+                language=draw.choice(LANGUAGES),
+                question=draw.choice(QUESTIONS_ASKED),
+                thing=" and ".join(draw.sample(THINGS, draw.randint(1, 3))),
+                other=draw.choice(THINGS),
+                strange=" ".join(draw.sample(STRANGE, draw.randint(1, 3))),
+            )
+        ] = None
+    return list(prompts)
+
+
+# The parts, each run in a process of its own
+
+
+def memory(field: str = "VmHWM") -> int:
+    """Bytes of memory of this process: VmHWM is its peak, VmRSS what it has now."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split(field + ":")[1].split()[0]) * 1024
+    import resource  # macOS knows the peak alone
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def seconds(work: Callable[[], object]) -> tuple[float, object]:
+    """Wall-clock seconds of a call, and what it returned."""
+    start = time.perf_counter()
+    result = work()
+    return time.perf_counter() - start, result
+
+
+def touch(model: object) -> None:
+    """Read one byte of each page of each weight: a mapped file is only now read."""
+    import torch
+
+    for weight in model.parameters():
+        weight.detach().view(torch.uint8).view(-1)[::4096].sum()
+
+
+def part_tokens(folder: Path, scratch: Path) -> dict:
+    """Our processor and transformers' on the same prompts and photographs."""
+    from PIL import Image
+    from transformers import AutoProcessor
+
+    from vlm import PaliGemmaConfig, PaliGemmaProcessor
+    from vlm.weights import load_tokenizer
+
+    vision = PaliGemmaConfig.from_pretrained(folder).vision_config
+    ours = PaliGemmaProcessor(
+        load_tokenizer(folder), vision.num_image_tokens, vision.image_size
+    )
+    theirs = AutoProcessor.from_pretrained(folder, backend="pil")
+    names = ["<loc0000>", "<loc1023>", "<seg000>", "<seg127>", "<image>"]
+    ids = [256000, 257023, 257024, 257151, 257152]
+    assert ours.tokenizer.convert_tokens_to_ids(names) == ids
+
+    dot = Image.new("RGB", (2, 2))
+    prompts = make_prompts()
+    different = []
+    for prompt in prompts:
+        wanted = theirs(images=dot, text="<image>" + prompt)["input_ids"][0]
+        if ours.encode_prefix(prompt) != list(wanted):
+            different.append(prompt)
+    off = 0.0
+    for photo, prompt in QUESTIONS:
+        picture = Image.open(PHOTOS / photo).convert("RGB")
+        wanted = theirs(images=picture, text="<image>" + prompt, return_tensors="pt")
+        pixels = ours(prompt, picture)["pixel_values"]
+        off = max(off, (pixels - wanted["pixel_values"]).abs().max().item())
+    return {"prompts": len(prompts), "different": different, "pixels_off": off}
+
+
+def part_read(folder: Path, scratch: Path) -> dict:
+    """Read all shards from end to end, and keep nothing."""
+
+    def read() -> None:
+        buffer = bytearray(2**24)
+        for file in sorted(folder.glob("*.safetensors")):
+            with open(file, "rb", buffering=0) as opened:
+                while opened.readinto(buffer):
+                    pass
+
+    return {"seconds": seconds(read)[0]}
+
+
+def part_load_ours(folder: Path, scratch: Path) -> dict:
+    """load_hf_model in the files' own dtype, then every weight read once."""
+    from transformers import AutoTokenizer  # noqa: F401  imported before we measure
+
+    import vlm.weights
+
+    spent = {}
+    load_tokenizer = vlm.weights.load_tokenizer
+
+    def timed(folder: Path) -> object:
+        before = memory("VmRSS")
+        spent["seconds"], tokenizer = seconds(lambda: load_tokenizer(folder))
+        spent["memory"] = memory("VmRSS") - before
+        return tokenizer
+
+    vlm.weights.load_tokenizer = timed
+    before = memory("VmRSS")
+    load, (model, _) = seconds(lambda: vlm.weights.load_hf_model(folder, "cpu"))
+    read, _ = seconds(lambda: touch(model))
+    return {
+        "seconds": load - spent["seconds"] + read,
+        "tokenizer_seconds": spent["seconds"],
+        "tokenizer_memory": spent["memory"],
+        "program_memory": before,
+        "peak_memory": memory(),
+        "dtype": str(model.dtype),
+    }
+
+
+def part_load_theirs(folder: Path, scratch: Path) -> dict:
+    """transformers' tokenizer and model, then every weight read once."""
+    import torch
+    from transformers import AutoTokenizer, PaliGemmaForConditionalGeneration
+
+    import vlm.weights  # noqa: F401  the same imports as ours
+
+    before = memory("VmRSS")
+    tokenizer_seconds, _tokenizer = seconds(
+        lambda: AutoTokenizer.from_pretrained(folder)
+    )
+    tokenizer_memory = memory("VmRSS") - before
+    load, model = seconds(
+        lambda: PaliGemmaForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.bfloat16
+        )
+    )
+    read, _ = seconds(lambda: touch(model))
+    return {
+        "seconds": load + read,
+        "tokenizer_seconds": tokenizer_seconds,
+        "tokenizer_memory": tokenizer_memory,
+        "program_memory": before,
+        "peak_memory": memory(),
+        "dtype": str(model.dtype),
+    }
+
+
+def part_logits_ours(folder: Path, scratch: Path) -> dict:
+    """Prefill and greedy tokens in float32; the logits go into `scratch`."""
+    import numpy as np
+    import torch
+
+    from vlm import load_hf_model
+    from vlm.sampling import generate_tokens
+    from vlm.weights import make_processor
+
+    model, tokenizer = load_hf_model(folder, "cpu", "float32")
+    processor = make_processor(model, tokenizer)
+    tokens = []
+    for number, (photo, prompt) in enumerate(QUESTIONS):
+        inputs = processor(prompt, PHOTOS / photo)
+        with torch.no_grad():
+            logits = model(**inputs)["logits"][0]  # [T, V]
+        np.save(scratch / f"ours-{number}.npy", logits.numpy())
+        del logits
+        rows = generate_tokens(model, tokenizer, inputs, max_new_tokens=NEW_TOKENS)
+        tokens.append(rows[0].token_ids)
+    return {"tokens": tokens, "peak_memory": memory()}
+
+
+def part_logits_theirs(folder: Path, scratch: Path) -> dict:
+    """The same with transformers, from its own processor on."""
+    import numpy as np
+    import torch
+    from PIL import Image
+    from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
+
+    model, info = PaliGemmaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys")), info
+    model.eval()
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    tokens = []
+    for number, (photo, prompt) in enumerate(QUESTIONS):
+        picture = Image.open(PHOTOS / photo).convert("RGB")
+        inputs = processor(images=picture, text="<image>" + prompt, return_tensors="pt")
+        inputs = {
+            "input_ids": inputs["input_ids"],
+            "attention_mask": inputs["attention_mask"],
+            "pixel_values": inputs["pixel_values"],
+            "token_type_ids": torch.zeros_like(inputs["input_ids"]),
+        }
+        length = inputs["input_ids"].shape[1]
+        with torch.no_grad():
+            logits = model(**inputs).logits[0]  # [T, V]
+            np.save(scratch / f"theirs-{number}.npy", logits.numpy())
+            del logits
+            out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+        tokens.append(out[0, length:].tolist())
+    return {"tokens": tokens, "peak_memory": memory()}
+
+
+PARTS = {
+    name.removeprefix("part_"): part
+    for name, part in list(globals().items())
+    if name.startswith("part_")
+}
+
+
+# Putting them together
+
+
+def run(part: str, folder: Path, scratch: Path) -> dict:
+    """One part in a fresh process; its last line is its result."""
+    print(f"{part} …", flush=True)
+    command = [sys.executable, __file__, str(folder), "--part", part]
+    command += ["--scratch", str(scratch)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{part} failed with status {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare_logits(scratch: Path) -> dict:
+    """The largest difference of two prefills, against the size of their logits."""
+    import numpy as np
+
+    worst, deviations, count = 0.0, [], 0
+    for number in range(len(QUESTIONS)):
+        ours = np.load(scratch / f"ours-{number}.npy", mmap_mode="r")
+        theirs = np.load(scratch / f"theirs-{number}.npy", mmap_mode="r")
+        assert ours.shape == theirs.shape, (ours.shape, theirs.shape)
+        off = max(float(np.abs(a - b).max()) for a, b in zip(ours, theirs))
+        deviations.append(float(np.std(theirs[-1])))
+        worst = max(worst, off / deviations[-1])
+        count += ours.size
+    return {"numbers": count, "std": max(deviations), "relative": worst}
+
+
+def measure(folder: Path, rounds: int, scratch: Path) -> dict:
+    """Everything, as it goes into the JSON file."""
+    import accelerate
+    import huggingface_hub
+    import safetensors
+    import torch
+    import transformers
+
+    files = sorted(folder.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    tokens = run("tokens", folder, scratch)
+    run("read", folder, scratch)  # afterwards the files are in the system's cache
+    steps = ("read", "load_ours", "load_theirs")
+    loads = [{s: run(s, folder, scratch) for s in steps} for _ in range(rounds)]
+    sides = {}
+    for side in ("ours", "theirs"):
+        done = [one[f"load_{side}"] for one in loads]
+        ratios = [
+            one[f"load_{side}"]["seconds"] / one["read"]["seconds"] for one in loads
+        ]
+        peak = max(one["peak_memory"] for one in done)
+        program = min(one["program_memory"] for one in done)
+        sides[side] = {
+            "seconds": statistics.median(ratios),
+            "seconds_lowest": min(ratios),
+            "seconds_highest": max(ratios),
+            "tokenizer_seconds": statistics.median(
+                one["tokenizer_seconds"] for one in done
+            ),
+            "memory": (peak - program) / size,
+            "tokenizer_memory": max(one["tokenizer_memory"] for one in done) / size,
+            "process_memory": peak / size,
+            "dtype": done[0]["dtype"],
+        }
+    logits = {side: run(f"logits_{side}", folder, scratch) for side in sides}
+    return {
+        "checkpoint": {"files": len(files), "bytes": size},
+        "machine": {
+            "system": platform.system(),
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "huggingface_hub": huggingface_hub.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "tokens": tokens,
+        "read_seconds": statistics.median(one["read"]["seconds"] for one in loads),
+        "rounds": rounds,
+        "load": sides,
+        "logits": compare_logits(scratch),
+        "greedy": {side: logits[side]["tokens"] for side in sides},
+        "float32_memory": {side: logits[side]["peak_memory"] / size for side in sides},
+    }
+
+
+def table(numbers: dict) -> str:
+    """The numbers in Markdown, with what they were measured with."""
+    ours, theirs = numbers["load"]["ours"], numbers["load"]["theirs"]
+    machine, tokens = numbers["machine"], numbers["tokens"]
+    logits, greedy = numbers["logits"], numbers["greedy"]
+    size = numbers["checkpoint"]["bytes"] / 1e9
+    equal = tokens["prompts"] - len(tokens["different"])
+    same = sum(a == b for a, b in zip(greedy["ours"], greedy["theirs"]))
+    versions = ", ".join(
+        f"{name} {machine[name]}"
+        for name in ("torch", "transformers", "safetensors", "huggingface_hub")
+    )
+    threads = (
+        "one thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    )
+
+    def seconds_of(side: dict) -> str:
+        low, high = side["seconds_lowest"], side["seconds_highest"]
+        return f"{side['seconds']:.2f} ({low:.2f} … {high:.2f})"
+
+    return "\n".join(
+        [
+            f"| {numbers['checkpoint']['files']} files, {size:.2f} GB, bfloat16, CPU "
+            "| this book | transformers |",
+            "|---|--:|--:|",
+            "| load and read every weight, in times of reading the files "
+            f"| {seconds_of(ours)} | {seconds_of(theirs)} |",
+            "| peak memory of that, beyond the program's own, in file sizes "
+            f"| {ours['memory']:.3f} | {theirs['memory']:.3f} |",
+            "| … of which the tokenizer "
+            f"| {ours['tokenizer_memory']:.3f} | {theirs['tokenizer_memory']:.3f} |",
+            "| peak memory of the whole process, Python and libraries included "
+            f"| {ours['process_memory']:.3f} | {theirs['process_memory']:.3f} |",
+            "",
+            "| ours against transformers' | |",
+            "|---|--:|",
+            f"| prompts with the same ids | {equal:,} of {tokens['prompts']:,} |",
+            "| largest difference of two photographs' pixels, which go from −1 to 1 "
+            f"| {tokens['pixels_off']:.1e} |",
+            f"| float32 logits of two prefills ({logits['numbers'] / 1e6:.0f} million "
+            "numbers), largest difference in standard deviations "
+            f"| {logits['relative']:.1e} |",
+            f"| continuations with the same {NEW_TOKENS} greedy tokens "
+            f"| {same} of {len(greedy['ours'])} |",
+            "",
+            f"Measured on {machine['system']}, {threads}, with {versions}; loading in "
+            f"{numbers['rounds']} rounds, of which the middle ratio stands, the lowest "
+            "and the highest in brackets. The files had been read before, so that the "
+            "disk plays no part.",
+        ]
+    )
+
+
+def problems(numbers: dict) -> list[str]:
+    """What is not as it must be."""
+    ours, found = numbers["load"]["ours"], []
+    if numbers["tokens"]["different"]:
+        found.append(f"other ids for {numbers['tokens']['different'][:3]}")
+    if numbers["logits"]["relative"] > LIMITS["logits"]:
+        found.append(f"logits differ by {numbers['logits']['relative']:.1e}")
+    if numbers["greedy"]["ours"] != numbers["greedy"]["theirs"]:
+        found.append("other greedy tokens")
+    for what in ("memory", "seconds"):
+        if ours[what] > LIMITS[what]:
+            found.append(f"{what}: {ours[what]:.3f}, more than {LIMITS[what]}")
+    return found
+
+
+def available_memory() -> float:
+    """Bytes that could be taken now; infinity where the system doesn't say."""
+    info = Path("/proc/meminfo")
+    if not info.exists():
+        return float("inf")
+    return int(info.read_text().split("MemAvailable:")[1].split()[0]) * 1024
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=ROOT / "runs" / "paligemma-3b-224"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="timings of each side")
+    parser.add_argument("--write", action="store_true", help="keep the numbers")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    folder = arguments.folder.resolve()
+    if arguments.part:
+        print(json.dumps(PARTS[arguments.part](folder, arguments.scratch)))
+        return 0
+    if available_memory() < MEMORY_NEEDED:
+        free = available_memory() / 1e9
+        raise SystemExit(
+            f"{MEMORY_NEEDED / 1e9:.0f} GB of memory are needed and {free:.0f} GB are "
+            "free: close something, or use a larger machine"
+        )
+    if not (folder / "config.json").is_file():
+        maker = Path(__file__).with_name("make_full_size.py")
+        subprocess.run([sys.executable, maker, folder], check=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        numbers = measure(folder, arguments.rounds, Path(scratch))
+    print(table(numbers))
+    if arguments.write:
+        from what_fits import PAGE, fill
+
+        text = json.dumps(numbers, indent=2, ensure_ascii=False) + "\n"
+        NUMBERS.write_text(text, encoding="utf-8")
+        PAGE.write_text(fill("full size", table(numbers)), encoding="utf-8")
+    wrong = problems(numbers)
+    for problem in wrong:
+        print(f"not as it must be: {problem}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
