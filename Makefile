@@ -69,7 +69,7 @@ export: $(READY) ## Write vlm/*.py from the notebooks
 bench: $(READY) ## Measure speed and memory against transformers
 	$(PY) benchmarks/run.py
 
-full-size: $(READY) ## Check a random 3B checkpoint: 6 GB of disk, 18 GB of memory
+full-size: $(READY) ## Check a random 3B checkpoint: 7 GB of disk, 18 GB of memory
 	$(PY) tools/check_full_size.py
 
 clean-notebooks: $(READY) ## Strip outputs, counts and metadata from the notebooks

@@ -1,3 +1,4 @@
+import copy as copy_module
 import json
 import os
 import shutil
@@ -28,6 +29,7 @@ from vlm.weights import (
     check_tensors,
     choose_device,
     choose_dtype,
+    empty_model,
     find_checkpoint,
     find_tensors,
     load_chosen_model,
@@ -606,15 +608,19 @@ def test_dtype(checkpoint, dtype):
     assert floats <= {torch.float32}  # angles keep their precision
 
 
-def test_auto_dtype_is_the_files(model, tokenizer, tmp_path):
-    import copy
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_auto_dtype_is_the_files(model, tokenizer, tmp_path, dtype):
+    halved = copy_module.deepcopy(model).to(dtype)
+    save_hf_model(halved, tokenizer, tmp_path)
+    assert_same_weights(load_hf_model(tmp_path, "cpu")[0], halved)
 
-    save_hf_model(copy.deepcopy(model).bfloat16(), tokenizer, tmp_path)
-    assert load_hf_model(tmp_path, "cpu")[0].dtype == torch.bfloat16
+
+def test_one_dtype_though_the_file_has_two(model, tokenizer, tmp_path):
+    save_hf_model(copy_module.deepcopy(model).bfloat16(), tokenizer, tmp_path)
     rewrite(
         tmp_path, lambda t: {n: x.float() if "norm" in n else x for n, x in t.items()}
     )
-    loaded, _ = load_hf_model(tmp_path, "cpu")  # one dtype, though the file has two
+    loaded, _ = load_hf_model(tmp_path, "cpu")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
@@ -684,6 +690,22 @@ def mapped_ranges(file):
         if line.endswith(str(file)):
             start, _, end = line.split()[0].partition("-")
             yield int(start, 16), int(end, 16)
+
+
+def test_an_empty_model_has_shapes_and_buffers_and_nothing_to_compute(model):
+    code = (
+        "import sys; from vlm.weights import PaliGemmaConfig, empty_model; "
+        "model = empty_model(PaliGemmaConfig()); "
+        "assert all(weight.is_meta for weight in model.parameters()); "
+        "assert not any(buffer.is_meta for buffer in model.buffers()); "
+        "assert 'torch._dynamo' not in sys.modules, 'the compiler was loaded'"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    shapes = {
+        name: t.shape for name, t in empty_model(model.config).state_dict().items()
+    }
+    assert shapes == {name: t.shape for name, t in model.state_dict().items()}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

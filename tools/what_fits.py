@@ -116,7 +116,7 @@ def fill(name: str, text: str) -> str:
     _, also_found, after = rest.partition(end)
     if not (found and also_found):
         raise SystemExit(f"{PAGE} has no markers {start} and {end}")
-    return f"{before}{start}\n{text}\n{end}{after}"
+    return f"{before}{start}\n\n{text}\n\n{end}{after}"
 
 
 def main() -> int:

@@ -24,6 +24,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from .config import PaliGemmaConfig
 from .paligemma import PaliGemmaForConditionalGeneration
@@ -48,6 +49,7 @@ __all__ = [
     "choose_device",
     "has_bfloat16",
     "choose_dtype",
+    "empty_model",
     "stored_dtype",
     "check_tied",
     "read_weights",
@@ -308,6 +310,22 @@ def choose_dtype(
     return chosen
 
 
+class _WithoutFirstNumbers(TorchFunctionMode):
+    "Leaves out what torch.nn.init does: weights without memory can't be filled."
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+def empty_model(config: PaliGemmaConfig) -> PaliGemmaForConditionalGeneration:
+    """A model with all its shapes and buffers, and no memory for its weights."""
+    with init_empty_weights(include_buffers=False), _WithoutFirstNumbers():
+        return PaliGemmaForConditionalGeneration(config)
+
+
 def stored_dtype(files: dict[str, Path]) -> torch.dtype:
     """The dtype of the embedding, the largest tensor; the others will follow it."""
     name = next(name for name in files if canonical_name(name) == EMBEDDING)
@@ -400,8 +418,7 @@ def load_hf_model(
     config = read_config(find_checkpoint(model_path, revision, SMALL_FILES))
     folder = find_checkpoint(model_path, revision)  # now the weights too
     files = find_tensors(folder)
-    with init_empty_weights(include_buffers=False):
-        model = PaliGemmaForConditionalGeneration(config)
+    model = empty_model(config)
     check_tensors(model, files)
     tokenizer = load_tokenizer(folder)
     device = choose_device(device)
