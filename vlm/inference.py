@@ -80,8 +80,9 @@ understands:
   answer en how many owls are there?      detect owl ; pizza
   answer en is there an owl?              segment owl ; pizza
 For photographs give --model_path a PaliGemma checkpoint: a folder, or a hub id such as
-google/paligemma-3b-mix-224. To segment with it, give --mask_decoder the file that
-belongs to it: for Google's that is vae-oid.npz.
+google/paligemma-3b-mix-224@bfloat16, where @ names a branch, tag or commit. To segment
+with it, give --mask_decoder the file that belongs to it: for Google's that is
+vae-oid.npz.
 
 Examples, each on one line:
   python -m vlm.inference --prompt "caption en" --image_file_path scene.png
