@@ -556,6 +556,20 @@ def test_a_checkpoint_without_one_gets_no_other(tmp_path):
         assert part in str(raised.value)
 
 
+def test_only_the_decoder_of_a_hub_checkpoint_is_fetched(monkeypatch, tmp_path):
+    asked = []
+
+    def fetch(name, revision, allow_patterns, **others):
+        asked.append((name, revision, sorted(allow_patterns)))
+        return str(tmp_path)  # a checkpoint without one
+
+    monkeypatch.setattr("vlm.weights.snapshot_download", fetch)
+    with pytest.raises(ValueError, match="owner/model@v1 has no mask decoder"):
+        load_mask_decoder("owner/model@v1")
+    wanted = ["mask_decoder.safetensors", "vae-oid.npz"]
+    assert asked == [("owner/model", "v1", wanted)]
+
+
 def test_googles_file_beside_a_checkpoint_must_be_googles(tmp_path):
     arrays = {name: t.numpy() for name, t in MaskDecoder().state_dict().items()}
     np.savez(tmp_path / GOOGLE_DECODER, **arrays)

@@ -236,7 +236,8 @@ def load_mask_decoder(
                 "folder, or an .npz file"
             )
         return decoder
-    folder = find_checkpoint(model_path)
+    # Of a checkpoint on the hub nothing else is fetched: it may hold gigabytes.
+    folder = find_checkpoint(model_path, only=(DECODER_FILE, GOOGLE_DECODER))
     decoder = _decoder_in(folder)
     if decoder is None:
         raise ValueError(
