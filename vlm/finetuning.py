@@ -4,7 +4,6 @@ Built in notebooks/25_finetuning.ipynb: edit it there, then run `make export`.
 """
 
 import argparse
-import difflib
 import hashlib
 import json
 import math
@@ -955,13 +954,7 @@ def build_parser() -> OneLineParser:
 
 def parse_options(argv: list[str] | None = None) -> dict[str, Any]:
     """The command line's words → options; ValueError with one line of advice."""
-    parser = build_parser()
-    options, unknown = parser.parse_known_args(argv)
-    if unknown:
-        word = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(word, [f"--{n}" for n in vars(options)], n=1)
-        hint = f"did you mean {near[0]}?" if near else "--help lists all options"
-        raise ValueError(f"unknown option {word}: {hint}")
+    options = build_parser().parse_args(argv)
     for name in ("data", "output"):
         if getattr(options, name) is None:
             raise ValueError(f"--{name} is missing: give a folder")

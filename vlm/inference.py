@@ -108,6 +108,22 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --help lists all options")
 
+    def parse_args(self, args=None, namespace=None) -> Namespace:
+        """The words → options; ValueError with advice for a stray or misspelled one."""
+        options, unknown = self.parse_known_args(args, namespace)
+        if not unknown:
+            return options
+        word = unknown[0].partition("=")[0]
+        if not word.startswith("-"):
+            raise ValueError(
+                f"{word!r} belongs to no option: put a prompt or path that has spaces "
+                "in quotes"
+            )
+        flags = [f"--{name}" for name in vars(options)]
+        near = difflib.get_close_matches(word, flags, n=1)
+        advice = f"did you mean {near[0]}?" if near else "--help lists all options"
+        raise ValueError(f"unknown option {word}: {advice}")
+
 
 def build_parser() -> OneLineParser:
     """All options, with their help."""
@@ -144,18 +160,7 @@ def build_parser() -> OneLineParser:
 
 def parse_options(argv: list[str] | None = None) -> Namespace:
     """The command line's words → options; ValueError with one line of advice."""
-    options, unknown = build_parser().parse_known_args(argv)
-    if unknown:
-        word = unknown[0].partition("=")[0]
-        if not word.startswith("-"):
-            raise ValueError(
-                f"{word!r} belongs to no option: put a prompt or path that has spaces "
-                "in quotes"
-            )
-        flags = [f"--{name}" for name in vars(options)]
-        near = difflib.get_close_matches(word, flags, n=1)
-        advice = f"did you mean {near[0]}?" if near else "--help lists all options"
-        raise ValueError(f"unknown option {word}: {advice}")
+    options = build_parser().parse_args(argv)
     if options.prompt is None:
         raise ValueError('--prompt is missing: say what to ask, as in "detect owl"')
     if options.image_file_path is None:
