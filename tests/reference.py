@@ -174,3 +174,21 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
         unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
     )
+
+
+def close(ours: Tensor, theirs: Tensor) -> None:
+    """The same numbers, to 1e-5."""
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def assert_same_training(ours: nn.Module, theirs: nn.Module, inputs: dict) -> None:
+    """One loss, and the same gradient for every weight; the gradients stay in both."""
+    for model in (ours, theirs):
+        model.zero_grad()
+    loss, expected = ours(**inputs)["loss"], theirs(**inputs).loss
+    close(loss, expected)
+    loss.backward()
+    expected.backward()
+    gradients = to_our_names({n: p.grad for n, p in theirs.named_parameters()})
+    for name, parameter in ours.named_parameters():
+        close(parameter.grad, gradients[name])
