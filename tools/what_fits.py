@@ -14,38 +14,29 @@ from pathlib import Path
 
 from accelerate import init_empty_weights
 
-from vlm import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from vlm import GemmaConfig, PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from vlm.config import Gemma2Config
 
 PAGE = Path(__file__).resolve().parent.parent / "book" / "weights.md"
-FAMILIES = {
-    "PaliGemma 3B": {},
-    "PaliGemma 2 3B": {
-        "hidden_size": 2304,
-        "intermediate_size": 9216,
-        "num_hidden_layers": 26,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-    },
-    "PaliGemma 2 10B": {
-        "hidden_size": 3584,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 42,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "head_dim": 256,
-        "query_pre_attn_scalar": 256,
-    },
-    "PaliGemma 2 28B": {
-        "hidden_size": 4608,
-        "intermediate_size": 36864,
-        "num_hidden_layers": 46,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 16,
-        "head_dim": 128,
-        "query_pre_attn_scalar": 144,
-    },
+FAMILIES = {  # PaliGemma's default sizes and PaliGemma 2's are those of their 3B models
+    "PaliGemma 3B": GemmaConfig(),
+    "PaliGemma 2 3B": Gemma2Config(),
+    "PaliGemma 2 10B": Gemma2Config(
+        hidden_size=3584,
+        intermediate_size=14336,
+        num_hidden_layers=42,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+    ),
+    "PaliGemma 2 28B": Gemma2Config(
+        hidden_size=4608,
+        intermediate_size=36864,
+        num_hidden_layers=46,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        query_pre_attn_scalar=144,
+    ),
 }
 SIDES = (224, 448, 896)
 FORMATS = {"float32": 4, "bfloat16, float16": 2}
@@ -57,12 +48,12 @@ COMFORTABLE, TIGHT = 0.7, 0.92
 
 def make_config(family: str, side: int) -> PaliGemmaConfig:
     """The sizes of one checkpoint; PaliGemma 2's decoder is a Gemma 2."""
-    text = dict(FAMILIES[family])
-    if text:
-        text |= {"model_type": "gemma2", "vocab_size": 257216}
-    width = text.get("hidden_size", 2048)
-    vision = {"image_size": side}
-    return PaliGemmaConfig(vision_config=vision, text_config=text, projection_dim=width)
+    text = FAMILIES[family]
+    return PaliGemmaConfig(
+        vision_config={"image_size": side},
+        text_config=text,
+        projection_dim=text.hidden_size,
+    )
 
 
 def count_weights(config: PaliGemmaConfig) -> int:
