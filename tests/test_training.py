@@ -15,6 +15,7 @@ from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
 from vlm.scenes import all_kinds, make_scene
 from vlm.training import (
+    LOSSES,
     Lesson,
     PatchTeacher,
     SceneDataset,
@@ -78,7 +79,7 @@ def small_model(tokenizer, seed=0):
 
 def test_patch_targets_against_counting_pixels():
     scene = make_scene(5, image_size=64)
-    kinds, boxes = patch_targets(scene, patch_size=16)
+    kinds, boxes, shapes = patch_targets(scene, patch_size=16)
     names = list(all_kinds())
     for place in range(16):
         row, column = divmod(place, 4)
@@ -87,6 +88,7 @@ def test_patch_targets_against_counting_pixels():
         best = int(np.argmax(counts))
         if counts[best] < 0.2 * 256:
             assert kinds[place] == 0 and not boxes[place].any()
+            assert not shapes[place].any()
         else:
             thing = scene.objects[best]
             center = np.array([column + 0.5, row + 0.5] * 2) / 4
@@ -94,6 +96,7 @@ def test_patch_targets_against_counting_pixels():
             np.testing.assert_allclose(
                 boxes[place] + center, np.array(thing.box) / 64, atol=1e-6
             )
+            np.testing.assert_array_equal(shapes[place].reshape(16, 16), patch == best)
 
 
 def test_teacher_loss_is_pytorchs_weighted_mean(world_tokenizer):
@@ -102,7 +105,8 @@ def test_teacher_loss_is_pytorchs_weighted_mean(world_tokenizer):
     features = torch.randn(2, 16, 32)
     kinds = torch.randint(0, 3, (2, 16))
     boxes = torch.randn(2, 16, 4)
-    totals, counts = teacher(features, kinds, boxes)
+    shapes = torch.rand(2, 16, 256) < 0.5
+    totals, counts = teacher(features, kinds, boxes, shapes)
     logits = teacher.kind_head(features).flatten(0, 1)
     wanted = torch.nn.functional.cross_entropy(
         logits, kinds.flatten(), teacher.kind_weight
@@ -111,6 +115,10 @@ def test_teacher_loss_is_pytorchs_weighted_mean(world_tokenizer):
     shown = kinds > 0
     distance = (teacher.box_head(features) - boxes).abs().mean(-1)[shown].mean()
     torch.testing.assert_close(totals[1] / counts[1], 5 * distance)
+    wanted = torch.nn.functional.binary_cross_entropy_with_logits(
+        teacher.shape_head(features)[shown], shapes[shown].float()
+    )
+    torch.testing.assert_close(totals[2] / counts[2], wanted)
 
 
 def test_neighboring_locs_are_alike_and_far_ones_are_not():
@@ -175,6 +183,7 @@ def test_questions_dont_touch_each_other(world_tokenizer, processor):
                     "pixel_values": pixels[0],
                     "patch_kinds": torch.zeros(16, dtype=torch.long),
                     "patch_boxes": torch.zeros(16, 4),
+                    "patch_shapes": torch.zeros(16, 256, dtype=torch.bool),
                     "label_weights": torch.zeros(0),  # of no matter here
                 }
             ]
@@ -315,6 +324,25 @@ def test_label_weights_by_hand(world_tokenizer, processor):
     torch.testing.assert_close(weights[len(prefix) :], expected)
 
 
+def test_a_caption_weighs_what_the_settings_say(processor):
+    """Every token of it and nothing else, wherever in the row it stands."""
+    plain = replace(CONFIG, patch_steps=0, questions_per_picture=6)
+    heavy = replace(plain, caption_weight=4.0)
+    one, other = (SceneDataset(processor, 16, c) for c in (plain, heavy))
+    caption = torch.tensor(processor.encode_prefix("caption en")[16:])
+    places = set()
+    for i in range(8):
+        row, ratio = one[i], other[i]["label_weights"] / one[i]["label_weights"]
+        for number in range(1, int(row["question_ids"].max()) + 1):
+            here = row["question_ids"] == number
+            answer = here & (row["token_type_ids"] == 1)
+            prompt = row["input_ids"][here & ~answer]
+            asked = torch.equal(prompt, caption)
+            places |= {number} if asked else set()
+            assert (ratio[answer] == (4.0 if asked else 1.0)).all()
+    assert len(places) > 1
+
+
 def test_weights_count_in_the_loss(world_tokenizer, processor):
     """Twice the weight on one token: as if the batch held that token twice."""
     model = small_model(world_tokenizer).eval()
@@ -373,7 +401,7 @@ def test_evaluation_goes_into_the_log(world_tokenizer, processor):
 
 def test_log_refuses_what_is_no_number(tmp_path):
     log = TrainingLog(tmp_path)
-    log.add(torch.tensor([math.nan, 0.0, 0.0]))
+    log.add(text=math.nan, kinds=0.0)
     with pytest.raises(FloatingPointError, match="no longer a number at step 7"):
         log.write(7)
 
@@ -408,7 +436,7 @@ def test_two_processes_have_the_loss_of_one(world_tokenizer, processor, tmp_path
     two = [json.loads(line) for line in lines]
     assert [e["step"] for e in two] == [e["step"] for e in one]
     for a, b in zip(one, two, strict=True):
-        for name in ("text", "kinds", "boxes"):
+        for name in LOSSES:
             assert a[name] == pytest.approx(b[name], rel=2e-3), (a, b)
 
 

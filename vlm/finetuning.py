@@ -827,19 +827,17 @@ class FineTuning:
         ends = epoch_ends(len(self.rows), config.batch_size, config.epochs)
         steps = range(self.first + 1, min(total, stop_after or total) + 1)
         bar = tqdm(steps, "fine-tuning", unit="step", disable=None if main else True)
-        losses = []
         for step, parts in zip(bar, loader):
             rate = learning_rate_at(step - 1, self.schedule)
             work = (self.accelerator, learner, optimizer, parts)
-            losses.append(finetuning_step(*work, rate, config.max_grad_norm))
+            self.log.add(loss=finetuning_step(*work, rate, config.max_grad_norm))
             save = config.save_every and step % config.save_every == 0
             save = save or step == stop_after
             if save or step in ends or step % 10 == 0:
-                values = {"loss": sum(losses) / len(losses), "learning_rate": rate}
+                values = {"learning_rate": rate}
                 if step in ends and step < total:
                     values["held_out"] = self.measure()
                 self.log.write(step, **values)
-                losses.clear()
             if save and main:
                 save_state(self.work, step, self.model, self.optimizer, self.settings)
         self.accelerator.wait_for_everyone()

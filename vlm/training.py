@@ -94,7 +94,7 @@ __all__ = [
     "main",
 ]
 
-LOSSES = ("text", "kinds", "boxes")
+LOSSES = ("text", "kinds", "boxes", "shapes")
 
 
 VALIDATION_SEEDS = range(2 * 10**9, 2 * 10**9 + 500)  # neither trained on nor reported
@@ -122,6 +122,7 @@ class TrainingConfig:
     )
     first_loc_weight: float = _setting(3.0, "of a box's first token in the text loss")
     seg_weight: float = _setting(0.25, "of each token of a mask in the text loss")
+    caption_weight: float = _setting(1.0, "of each token of a caption in the text loss")
     learning_rate: float = _setting(1e-3, "peak of the cosine")
     patch_learning_rate: float = _setting(1.5e-3, "peak while only the eyes learn")
     warmup_steps: int = _setting(200, "steps from zero to the peak")
@@ -248,12 +249,15 @@ def new_model(
 
 def patch_targets(
     scene: Scene, patch_size: int, share: float = 0.2
-) -> tuple[Int[np.ndarray, "N"], Float[np.ndarray, "N 4"]]:
-    """What each patch shows: a kind's index (0 background) and its thing's box.
+) -> tuple[
+    Int[np.ndarray, "N"], Float[np.ndarray, "N 4"], Bool[np.ndarray, "N patch_pixels"]
+]:
+    """What each patch shows: a kind's index (0 background), its thing's box and shape.
 
     A patch shows the thing that most of its pixels belong to, if that is at least
     `share` of them. Boxes are (x0, y0, x1, y1) as offsets from the patch's center, in
-    shares of the side; zeros for background.
+    shares of the side. Shapes say which of the patch's pixels, row by row, belong to
+    its thing. Boxes and shapes are zero for background.
     """
     size = scene.image.width
     side = size // patch_size
@@ -273,11 +277,14 @@ def patch_targets(
     centers = np.stack([x, y, x, y], axis=-1).reshape(side * side, 4)
     kinds[visible] = thing_kinds[best[visible]]
     boxes[visible] = thing_boxes[best[visible]] - centers[visible]
-    return kinds, boxes
+    owner = scene.owner.reshape(side, patch_size, side, patch_size).swapaxes(1, 2)
+    owner = owner.reshape(side * side, -1)  # [N, patch pixels]
+    shapes = (owner == best[:, None]) & visible[:, None]
+    return kinds, boxes, shapes
 
 
 class PatchTeacher(nn.Module):
-    """Two linear heads on the eyes that name and outline the thing under each patch.
+    """Linear heads on the eyes: the kind, box and shape of the thing in each patch.
 
     Only a teacher: it is thrown away after training.
     """
@@ -287,6 +294,7 @@ class PatchTeacher(nn.Module):
         width = config.vision_config.hidden_size
         self.kind_head = nn.Linear(width, len(all_kinds()) + 1)
         self.box_head = nn.Linear(width, 4)
+        self.shape_head = nn.Linear(width, config.vision_config.patch_size**2)
         weight = torch.ones(len(all_kinds()) + 1)
         weight[0] = 0.2  # background is everywhere
         self.register_buffer("kind_weight", weight)
@@ -296,8 +304,12 @@ class PatchTeacher(nn.Module):
         features: Float[Tensor, "B N D"],
         kinds: Int[Tensor, "B N"],
         boxes: Float[Tensor, "B N 4"],
-    ) -> tuple[Float[Tensor, "2"], Float[Tensor, "2"]]:
-        """Totals and counts of two losses: kinds (cross-entropy), boxes (distance)."""
+        shapes: Bool[Tensor, "B N patch_pixels"],
+    ) -> tuple[Float[Tensor, "3"], Float[Tensor, "3"]]:
+        """Totals and counts of three losses over patches.
+
+        Kinds (cross-entropy), boxes (distance), shapes (cross-entropy of pixels).
+        """
         kinds = kinds.flatten()  # [B * N]
         logits = self.kind_head(features).flatten(0, 1).float()  # [B * N, kinds + 1]
         kind_total = F.cross_entropy(
@@ -306,8 +318,13 @@ class PatchTeacher(nn.Module):
         shown = (kinds > 0).float()  # [B * N]
         distance = (self.box_head(features).float() - boxes).abs().mean(dim=-1)
         box_total = 5 * (distance.flatten() * shown).sum()
-        totals = torch.stack([kind_total, box_total])
-        return totals, torch.stack([self.kind_weight[kinds].sum(), shown.sum()])
+        surprise = F.binary_cross_entropy_with_logits(
+            self.shape_head(features).float(), shapes.float(), reduction="none"
+        )  # [B, N, patch pixels]
+        shape_total = (surprise.mean(dim=-1).flatten() * shown).sum()
+        totals = torch.stack([kind_total, box_total, shape_total])
+        count = shown.sum()
+        return totals, torch.stack([self.kind_weight[kinds].sum(), count, count])
 
 
 def pack_questions(
@@ -416,11 +433,12 @@ class SceneDataset(Dataset):
             styles=TRAINING_STYLES,
             vary=self.config.vary,
         )
-        kinds, boxes = patch_targets(scene, self.patch_size)
+        kinds, boxes, shapes = patch_targets(scene, self.patch_size)
         item = {
             "pixel_values": image_to_pixels(scene.image, self.processor.image_size),
             "patch_kinds": torch.from_numpy(kinds),
             "patch_boxes": torch.from_numpy(boxes),
+            "patch_shapes": torch.from_numpy(shapes),
         }
         if only_patches:
             return item
@@ -442,18 +460,22 @@ class SceneDataset(Dataset):
         ]
         num_image_tokens = self.processor.num_image_tokens
         room = self.config.max_row_tokens - num_image_tokens
-        fitting = []
-        for prefix, suffix in answers:
+        fitting, caption = [], None
+        for task, (prefix, suffix) in zip(tasks, answers, strict=True):
             length = len(prefix) - num_image_tokens + len(suffix)
             if length <= room or not fitting:
                 fitting.append((prefix, suffix))
                 room -= length
+                caption = len(fitting) if task == "caption" else caption
         row = pack_questions(fitting, num_image_tokens)
         row["label_weights"] = label_weights(
             row["input_ids"],
             row["token_type_ids"],
             self.processor.tokenizer,
             self.config,
+        )
+        row["label_weights"][row["question_ids"] == caption] *= (
+            self.config.caption_weight
         )
         return item | row
 
@@ -462,7 +484,7 @@ def collate(items: list[dict[str, Tensor]], pad_token_id: int = 0) -> dict[str, 
     """Items → one batch; packed rows are padded on the right."""
     batch = {
         name: torch.stack([item[name] for item in items])
-        for name in ("pixel_values", "patch_kinds", "patch_boxes")
+        for name in ("pixel_values", "patch_kinds", "patch_boxes", "patch_shapes")
     }
     if "input_ids" not in items[0]:
         return batch
@@ -497,8 +519,8 @@ class Lesson(nn.Module):
 
     def forward(
         self, batch: dict[str, Tensor]
-    ) -> tuple[Float[Tensor, "3"], Float[Tensor, "3"]]:
-        """(totals, counts) of the losses text, kinds, boxes; a loss is total / count.
+    ) -> tuple[Float[Tensor, "4"], Float[Tensor, "4"]]:
+        """(totals, counts) of the losses in `LOSSES`; a loss is total / count.
 
         Kept apart so that several processes can divide by the count of all of them.
         A batch without questions leaves the text's at zero.
@@ -526,10 +548,13 @@ class Lesson(nn.Module):
             self.model.vision_tower(pixel_values)
             text_total = text_count = pixel_values.new_zeros(())
         totals, counts = self.teacher(
-            self._overheard, batch["patch_kinds"], batch["patch_boxes"]
+            self._overheard,
+            batch["patch_kinds"],
+            batch["patch_boxes"],
+            batch["patch_shapes"],
         )
         self._overheard = None
-        totals = torch.cat([text_total[None], totals])  # [3]
+        totals = torch.cat([text_total[None], totals])  # [4]
         return totals, torch.cat([text_count[None], counts])
 
 
@@ -551,11 +576,11 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return peak * (config.final_share + (1 - config.final_share) * wave)
 
 
-def loss_weights(step: int, config: TrainingConfig) -> Float[Tensor, "3"]:
-    """How much the losses text, kinds and boxes count at a step."""
+def loss_weights(step: int, config: TrainingConfig) -> Float[Tensor, "4"]:
+    """How much each of the losses in `LOSSES` counts at a step."""
     if step < config.patch_steps:
-        return torch.tensor([0.0, 1.0, 1.0])
-    return torch.tensor([1.0, config.patch_loss_weight, config.patch_loss_weight])
+        return torch.tensor([0.0, 1.0, 1.0, 1.0])
+    return torch.tensor([1.0] + [config.patch_loss_weight] * 3)
 
 
 def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -641,13 +666,13 @@ def load_training_state(
 
 
 class TrainingLog:
-    """Losses averaged over `log_every` steps, kept in memory and in `log.jsonl`."""
+    """Losses averaged from line to line, kept in memory and in `log.jsonl`."""
 
     def __init__(self, folder: Path | None, first_step: int = 0):
         """Continue at `first_step`: later lines of a former run are dropped."""
         self.path = folder / "log.jsonl" if folder else None
         self.entries: list[dict[str, float]] = []
-        self._sum = torch.zeros(len(LOSSES))
+        self._sums: dict[str, float] = {}
         self._steps = 0
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -658,17 +683,16 @@ class TrainingLog:
             text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
             self.path.write_text(text, encoding="utf-8")
 
-    def add(self, losses: Float[Tensor, "3"]) -> None:
-        """Count one step's losses."""
-        self._sum += losses.cpu()
+    def add(self, **losses: float) -> None:
+        """Count one step's losses, the same names every step."""
+        for name, loss in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + loss
         self._steps += 1
 
     def write(self, step: int, **values: float) -> None:
         """Add a line: the mean losses since the last one, and `values`."""
-        entry = {"step": step, **values}
-        if self._steps:
-            means = (self._sum / self._steps).tolist()
-            entry |= dict(zip(LOSSES, means, strict=True))
+        means = {name: total / self._steps for name, total in self._sums.items()}
+        entry = {"step": step, **values, **means}
         if not all(math.isfinite(value) for value in entry.values()):
             raise FloatingPointError(
                 f"a loss is no longer a number at step {step} ({entry}): lower the "
@@ -676,7 +700,7 @@ class TrainingLog:
             )
         entry = {k: v if k == "step" else float(f"{v:.4g}") for k, v in entry.items()}
         self.entries.append(entry)
-        self._sum.zero_()
+        self._sums.clear()
         self._steps = 0
         if self.path:
             with self.path.open("a", encoding="utf-8") as file:
@@ -716,8 +740,8 @@ def training_step(
     batch: dict[str, Tensor],
     step: int,
     config: TrainingConfig,
-) -> Float[Tensor, "3"]:
-    """Forward, backward, update; returns this process's part of the three losses.
+) -> Float[Tensor, "4"]:
+    """Forward, backward, update; returns this process's part of each loss.
 
     Each loss is divided by the count of all processes together, times their number,
     because gradients are averaged over processes.
@@ -726,7 +750,7 @@ def training_step(
         group["lr"] = learning_rate_at(step, config)
     totals, counts = learner(batch)
     counts = accelerator.reduce(counts, "sum").clamp(min=1)
-    losses = totals * accelerator.num_processes / counts  # [3]
+    losses = totals * accelerator.num_processes / counts  # [4]
     accelerator.backward((losses * loss_weights(step, config).to(losses)).sum())
     accelerator.clip_grad_norm_(learner.parameters(), config.max_grad_norm)
     optimizer.step()
@@ -796,7 +820,8 @@ def train(
     learner.train()
     for step, batch in enumerate(loader, start=first + 1):
         losses = training_step(accelerator, learner, optimizer, batch, step - 1, config)
-        log.add(accelerator.reduce(losses, "mean"))
+        losses = accelerator.reduce(losses, "mean").tolist()
+        log.add(**dict(zip(LOSSES, losses, strict=True)))
         bar.update()
         last = step in (config.all_steps, stop_after)
         if step % config.log_every == 0 or last:
