@@ -206,7 +206,7 @@ def test_first_question_is_what_it_is_alone(world_tokenizer, processor):
     dataset = SceneDataset(processor, 16, replace(CONFIG, patch_steps=0))
     for item in (dataset[0], dataset[1]):
         batch = collate([item])
-        first = batch["question_ids"] == 1
+        first_answer = (batch["question_ids"] == 1) & (batch["token_type_ids"] == 1)
         with torch.no_grad():
             packed = model(
                 batch["input_ids"],
@@ -214,7 +214,7 @@ def test_first_question_is_what_it_is_alone(world_tokenizer, processor):
                 packed_mask(batch["question_ids"], batch["token_type_ids"]),
                 position_ids=batch["position_ids"],
                 token_type_ids=batch["token_type_ids"],
-                labels=batch["labels"].masked_fill(~first, -100),
+                labels=batch["input_ids"].masked_fill(~first_answer, -100),
             )["loss"]
             keep = item["question_ids"] <= 1
             ids, types = item["input_ids"][keep][None], item["token_type_ids"][keep]
@@ -296,7 +296,7 @@ def test_lesson_returns_the_models_own_loss(world_tokenizer, processor):
         packed_mask(batch["question_ids"], batch["token_type_ids"]),
         position_ids=batch["position_ids"],
         token_type_ids=batch["token_type_ids"],
-        labels=batch["labels"],
+        labels=batch["input_ids"].masked_fill(batch["token_type_ids"] == 0, -100),
     )["loss"]
     torch.testing.assert_close(totals[0] / counts[0], loss, atol=1e-5, rtol=0)
     patches = {n: t for n, t in batch.items() if n[:5] in ("pixel", "patch")}

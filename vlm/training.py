@@ -497,7 +497,6 @@ def collate(items: list[dict[str, Tensor]], pad_token_id: int = 0) -> dict[str, 
     ):
         rows = [item[name] for item in items]
         batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
-    batch["labels"] = batch["input_ids"].masked_fill(batch["token_type_ids"] == 0, -100)
     return batch
 
 
