@@ -409,6 +409,39 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(checkpoints, folder, capsys):
     assert Path("new/log.jsonl").read_text() == Path("parts/log.jsonl").read_text()
 
 
+def test_a_resumed_run_may_take_fewer_rows_at_once(checkpoints, folder, capsys):
+    model = checkpoints / "float32"
+    assert run(model, "--stop_after", "2") == 0
+    assert run(model, "--resume", "--micro_batch_size", "1") == 0
+    assert "checkpoint and model card in new" in capsys.readouterr().out
+
+
+def test_a_run_out_of_memory_is_advised_and_not_in_the_way(
+    checkpoints, folder, capsys, monkeypatch
+):
+    def step(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+
+    model = checkpoints / "float32"
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.finetuning.finetuning_step", step)
+        assert run(model) == 2
+    assert "try a smaller --micro_batch_size" in capsys.readouterr().err
+    assert Path("new.unfinished").exists()  # its log, and no step to lose
+    assert run(model, "--micro_batch_size", "1") == 0
+
+
+def test_what_is_trained_is_checked_before_anything_is_measured(
+    checkpoints, folder, capsys, monkeypatch
+):
+    monkeypatch.setattr("vlm.finetuning.FineTuning.measure", lambda run: 1 / 0)
+    assert run(checkpoints / "float32", "--train", "nothing.of.the.kind") == 2
+    assert "nothing.of.the.kind" in capsys.readouterr().err
+    words = ("--lora_rank", "2", "--train", "*norm*")
+    assert run(checkpoints / "float32", *words) == 2
+    assert "LoRA works on linear maps" in capsys.readouterr().err
+
+
 def test_resume_without_a_run_says_so(checkpoints, folder, capsys):
     assert run(checkpoints / "float32", "--resume") == 2
     assert "nothing is saved in" in capsys.readouterr().err

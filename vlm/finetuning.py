@@ -82,6 +82,7 @@ __all__ = [
     "license_note",
     "model_card",
     "describe_run",
+    "fixed_settings",
     "unfinished",
     "load_for_training",
     "epoch_ends",
@@ -514,9 +515,7 @@ def load_state(
     """
     path = folder / STATE_FILE
     if not path.is_file():
-        raise FileNotFoundError(
-            f"nothing is saved in {folder}: remove it, and start without --resume"
-        )
+        raise FileNotFoundError(f"nothing is saved in {folder}: start without --resume")
     parameters = dict(model.named_parameters())
     with safe_open(path, "pt") as file, torch.no_grad():
         about = file.metadata()
@@ -673,18 +672,29 @@ def describe_run(
     return data, recipe
 
 
+def fixed_settings(
+    recipe: dict[str, Any], data: dict[str, Any], model_path: str | os.PathLike | None
+) -> dict[str, Any]:
+    """What a resumed run must have in common with its beginning: all but memory."""
+    free = ("micro_batch_size", "gradient_checkpointing")
+    settings = {name: value for name, value in recipe.items() if name not in free}
+    return settings | {"model_path": str(model_path), "sha256": data["sha256"]}
+
+
 MIXED = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def unfinished(output: Path, resume: bool) -> Path:
     """Where a run lives until it is complete: a folder beside `output`.
 
+    What an earlier run left there without having saved a step is written over.
+
     Raises FileExistsError where a model or another run would be overwritten.
     """
     if output.exists():
         raise FileExistsError(f"{output} exists already: choose another --output")
     work = output.with_name(output.name + ".unfinished")
-    if work.exists() and not resume:
+    if (work / STATE_FILE).exists() and not resume:
         raise FileExistsError(
             f"{work} holds an unfinished run: go on with --resume, or remove it"
         )
@@ -791,14 +801,16 @@ class FineTuning:
         )
         positions = self.model.config.text_config.max_position_embeddings
         check_lengths(rows, self.processor, positions)
+        names = choose_parameters(self.model, config.train)
+        if config.lora_rank:
+            linear_maps(self.model, names)
         before, self.dtype = None if resume else self.measure(), self.model.dtype
         torch.manual_seed(config.seed)  # of what adapters start as
         self.adapters = choose_trained(self.model, config.train, config.lora_rank)
         self.data, self.recipe = describe_run(
             self.model, labels, self.rows, self.held, config
         )
-        self.settings = self.recipe | {"model_path": str(model_path)}
-        self.settings["sha256 of the data"] = self.data["sha256"]
+        self.settings = fixed_settings(self.recipe, self.data, model_path)
         self.learner = AnswerLoss(self.model)
         self.schedule = config.schedule(len(self.rows))
         self.optimizer = make_optimizer(self.learner, self.schedule)
@@ -971,6 +983,11 @@ def main(argv: list[str] | None = None) -> int:
         line = advice(error)
         if isinstance(error, FloatingPointError):
             line = str(error)
+        if isinstance(error, RuntimeError) and "out of memory" in str(error):
+            line = (
+                "the run doesn't fit in the device's memory: try a smaller "
+                "--micro_batch_size, --gradient_checkpointing or --lora_rank 8"
+            )
         if line is None:
             raise
         if first:
