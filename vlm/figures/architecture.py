@@ -49,7 +49,8 @@ BOXES = (
     Box("training", 252, 316, 112, 40, EXTRA, "training", "learning"),
     Box("weights", 388, 316, 100, 40, EXTRA, "weights", "files"),
     Box("speed", 502, 316, 100, 40, EXTRA, "speed", "hardware"),
-    Box("inference", 634, 316, 206, 40, EXTRA, "inference", "one command"),
+    Box("finetuning", 634, 316, 98, 40, EXTRA, "finetuning", "your data"),
+    Box("inference", 742, 316, 98, 40, EXTRA, "inference", "one command"),
 )
 FRAME = {"config", "paligemma"}  # these chapters are about the whole model
 MODULES = {box.module for box in BOXES} | FRAME
