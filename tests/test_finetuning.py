@@ -13,7 +13,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
-from reference import random_inputs, randomize, tiny_config
+from reference import close, random_inputs, randomize, tiny_config
 from torch import nn
 
 from vlm.finetuning import (
@@ -447,11 +447,54 @@ def test_resume_without_a_run_says_so(checkpoints, folder, capsys):
     assert "nothing is saved in" in capsys.readouterr().err
 
 
+def test_the_license_of_a_model_on_the_hub_is_in_its_card(tmp_path, monkeypatch):
+    (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n")
+    asked = []
+
+    def find(path, only):
+        asked.append(only)
+        if path == "no/network":
+            raise FileNotFoundError(path)
+        return tmp_path
+
+    monkeypatch.setattr("vlm.finetuning.find_checkpoint", find)
+    assert base_license("some/model") == "gemma" and asked == [["README.md"]]
+    assert base_license("no/network") is None
+
+
+def test_float16_is_not_trained_on_the_cpu(checkpoints, folder, capsys):
+    assert run(checkpoints / "float32", "--dtype", "float16") == 2
+    assert "give --dtype bfloat16 or float32" in capsys.readouterr().err
+    assert not Path("new.unfinished").exists()
+
+
+def test_paligemma_2_is_fine_tuned_too(tokenizer, folder, capsys):
+    text = dict(model_type="gemma2", query_pre_attn_scalar=8, sliding_window=8)
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    config = tiny_config(
+        text=dict(vocab_size=len(tokenizer), **text), image_token_index=image
+    )
+    torch.manual_seed(0)
+    model = randomize(PaliGemmaForConditionalGeneration(config))
+    save_hf_model(model, tokenizer, "two")
+    assert run("two", "--lora_rank", "2") == 0
+    ours = load_hf_model("new", "cpu")[0]
+    theirs, info = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+        "new", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    torch.manual_seed(1)
+    inputs = random_inputs(config, (4,))
+    with torch.no_grad():
+        wanted = theirs.eval()(**inputs).logits
+        close(ours(**inputs)["logits"], wanted)
+
+
 def test_the_card_of_googles_children_carries_gemmas_terms(tmp_path, monkeypatch):
     assert base_license("google/paligemma-3b-pt-224") == "gemma"
     assert base_license(None) == "apache-2.0"
     model = "google/paligemma-3b-pt-224@bfloat16"
-    monkeypatch.setattr("vlm.finetuning.find_checkpoint", lambda path: tmp_path)
+    monkeypatch.setattr("vlm.finetuning.find_checkpoint", lambda path, **kw: tmp_path)
     data = dict.fromkeys(
         ("file sha256 rows pictures held_out_rows held_out_pictures tasks").split(), 1
     )

@@ -415,6 +415,16 @@ def test_an_image_token_in_the_prompt(checkpoint, capsys):
     check_mistake(words, "<image>", capsys)
 
 
+def test_the_number_format_can_be_chosen(checkpoint, capsys):
+    words = ask("caption en", "--model_path", str(checkpoint), "--only_cpu")
+    few = ("--max_tokens_to_generate", "2")
+    assert main([*words, *few, "--dtype", "bfloat16"]) == 0
+    assert "torch.bfloat16" in capsys.readouterr().err
+    check_mistake(
+        [*words, "--dtype", "int3"], "use 'auto', '16-bit', 'float32'", capsys
+    )
+
+
 def test_no_memory_is_a_line_and_a_fault_of_ours_a_traceback(capsys, monkeypatch):
     def fails(message: str):
         def load(*_):

@@ -408,6 +408,19 @@ def decode_in_pieces(tokenizer, ids):
     return [decoder.add(i) for i in ids] + [decoder.finish()]
 
 
+def test_numbers_that_outgrow_float16_are_no_blanks(model):
+    """What overflows would be NaN, whose best token is the first: a blank."""
+    wild = copy.deepcopy(model)
+    with torch.no_grad():
+        wild.language_model.model.norm.weight.fill_(60_000.0)
+    inputs = prompts(wild)
+    generate(wild, Letters(), inputs, max_new_tokens=2)  # fits float32
+    message = "no longer numbers: torch.float16 is too small .* dtype='float32'"
+    inputs["pixel_values"] = inputs["pixel_values"].half()
+    with pytest.raises(FloatingPointError, match=message):
+        generate(wild.half(), Letters(), inputs, max_new_tokens=2)
+
+
 def test_a_character_comes_with_its_last_byte(tokenizer):
     ids = tokenizer.encode("owls 🦉é", add_special_tokens=False)
     pieces = decode_in_pieces(tokenizer, ids)

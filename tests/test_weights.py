@@ -1,6 +1,7 @@
 import copy as copy_module
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -228,7 +229,7 @@ DAMAGES = {
     ),
     "untied head": (
         lambda t: t | {"lm_head.weight": t[EMBEDDING] + 1},
-        f"lm_head.weight in model.safetensors differs from {EMBEDDING}",
+        f"lm_head.weight in .*safetensors differs from {EMBEDDING}: .* fetch it",
     ),
     "many": (
         lambda t: {n: x for n, x in t.items() if "vision" not in n},
@@ -321,7 +322,10 @@ def test_a_tensor_in_two_shards(shards):
         load_hf_model(shards, "cpu")
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": 3}'])
+BROKEN = ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": null}}']
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_broken_index(shards, text):
     (shards / INDEX_FILE).write_text(text)
     with pytest.raises(ValueError, match="index.json is not an index of shards"):
@@ -332,9 +336,42 @@ def test_pickle_is_not_read(copy, model):
     (copy / SINGLE_FILE).unlink()
     torch.save(model.state_dict(), copy / "pytorch_model.bin")
     with pytest.raises(
-        FileNotFoundError, match="neither model.safetensors nor.*pickle"
+        FileNotFoundError, match="has no model.safetensors, only .bin.*save_pretrained"
     ):
         load_hf_model(copy, "cpu")
+
+
+def test_shards_without_their_index(shards):
+    (shards / INDEX_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match="shards without their index: fetch"):
+        load_hf_model(shards, "cpu")
+
+
+def test_weights_that_are_not_there(copy):
+    (copy / SINGLE_FILE).unlink()
+    with pytest.raises(FileNotFoundError, match=f"and no {INDEX_FILE}: fetch"):
+        load_hf_model(copy, "cpu")
+
+
+def test_an_adapter_is_not_a_model(copy):
+    (copy / "config.json").rename(copy / "adapter_config.json")
+    with pytest.raises(FileNotFoundError, match="an adapter, not a model: merge it"):
+        load_hf_model(copy, "cpu")
+
+
+def test_quantized_weights(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization_config"] = {"load_in_4bit": True}
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="quantized: give the checkpoint that they"):
+        load_hf_model(copy, "cpu")
+
+
+def test_another_models_tokenizer(checkpoint, monkeypatch):
+    model, tokenizer = load_hf_model(checkpoint, "cpu")
+    monkeypatch.setattr(model.config, "image_token_index", 7)
+    with pytest.raises(ValueError, match="and 7 in the model's config: give each mod"):
+        make_processor(model, tokenizer)
 
 
 def test_no_config(copy):
@@ -348,7 +385,7 @@ def test_another_architecture(copy):
     config["text_config"]["model_type"] = "llama"
     (copy / "config.json").write_text(json.dumps(config))
     message = (
-        "config.json is not a PaliGemma's: .*llama.* Give the folder or the hub id"
+        "config.json is not a PaliGemma's in .*llama.* Give the folder or the hub id"
     )
     with pytest.raises(ValueError, match=message):
         load_hf_model(copy, "cpu")
@@ -379,6 +416,9 @@ def test_processor_and_model_of_different_picture_sizes(tokenizer):
         larger(**small("caption en", picture))
     with pytest.raises(ValueError, match="use a processor with image_size=28"):
         model(**large("caption en", picture))
+    finest = PaliGemmaProcessor(tokenizer, 1024, 448)  # as published, 14 px a patch
+    with pytest.raises(ValueError, match=r"shape \[1, 3, 448, 448\].*image_size=42"):
+        larger(**finest("caption en", picture))
     wrong = PaliGemmaProcessor(tokenizer, 4, 42)  # right pixels, too few seats
     with pytest.raises(ValueError, match=r"9 features each .* \[4\] image tokens"):
         larger(**wrong("caption en", picture))
@@ -454,6 +494,11 @@ class Hub(BaseHTTPRequestHandler):
             name, rest = "/".join(what[3:5]), what[5:]
         else:
             name, rest = "/".join(what[1:3]), what[3:]
+        if name == "refused/model":  # what the hub says to some fine-grained tokens
+            said = {"X-Error-Message": "Please enable access to gated repositories"}
+            return self.answer(403, b"", said)
+        if name == "busy/model":
+            return self.answer(429, b"")
         if name not in ("some/model", "gated/model"):
             return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         if rest[0] == "revision" and rest[1] not in ("main", "half", COMMIT):
@@ -537,7 +582,7 @@ def test_a_hub_id_is_fetched_once_and_only_what_is_read(hub, model, monkeypatch,
 def test_another_architecture_on_the_hub_costs_kilobytes(hub):
     config = json.loads(hub.files["config.json"]) | {"model_type": "llama"}
     hub.files["config.json"] = json.dumps(config).encode()
-    with pytest.raises(ValueError, match="config.json is not a PaliGemma's: .*llama"):
+    with pytest.raises(ValueError, match="not a PaliGemma's in .*llama"):
         load_hf_model("some/model", "cpu")
     assert hub.fetched and SINGLE_FILE not in hub.fetched
 
@@ -564,6 +609,42 @@ def test_what_the_hub_refuses_is_told_apart(hub, name, message):
         load_hf_model(name, "cpu")
     assert ("hf auth login" in str(e.value)) == ("revision" not in message)
     assert ("HF_TOKEN" in str(e.value)) == ("revision" not in message)
+
+
+def test_a_token_that_may_not_read_gated_repositories(hub):
+    said = r"the hub refuses refused/model \(403: Please enable access.*HF_TOKEN.*gated"
+    with pytest.raises(FileNotFoundError, match=said):
+        load_hf_model("refused/model", "cpu")
+
+
+def test_a_hub_that_is_busy(hub):
+    said = "the hub answered 429 for busy/model: try again later"
+    with pytest.raises(FileNotFoundError, match=said):
+        load_hf_model("busy/model", "cpu")
+
+
+def test_an_index_that_does_not_fit_costs_kilobytes(hub, model, tokenizer, tmp_path):
+    parts = tmp_path / "parts"
+    save_hf_model(model, tokenizer, parts, max_shard_size="100KB")
+    hub.files = {path.name: path.read_bytes() for path in parts.iterdir()}
+    index = json.loads(hub.files[INDEX_FILE])
+    index["weight_map"]["odd.weight"] = index["weight_map"].pop(EMBEDDING)
+    hub.files[INDEX_FILE] = json.dumps(index).encode()
+    message = f"unexpected odd.weight in {INDEX_FILE}; missing {EMBEDDING}"
+    with pytest.raises(ValueError, match=message):
+        load_hf_model("some/model", "cpu")
+    assert not any(name.endswith(".safetensors") for name in hub.fetched)
+
+
+def test_a_truncated_file_in_the_cache_can_be_mended(hub, model):
+    load_hf_model("some/model", "cpu")
+    place = find_checkpoint("some/model") / SINGLE_FILE
+    os.truncate(place, 10_000)
+    with pytest.raises(ValueError, match="delete .* and fetch it again") as raised:
+        load_hf_model("some/model", "cpu")
+    named = re.search("delete (.*) and fetch", str(raised.value))[1]
+    Path(named).unlink()
+    assert_same_weights(load_hf_model("some/model", "cpu")[0], model)
 
 
 NOT_IN_CACHE = (
@@ -597,6 +678,12 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
 
 
 # --- Device, dtype and memory -------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(checkpoint, device):
+    with pytest.raises(ValueError, match=f"no device '{device}' here .*: use 'auto'"):
+        load_hf_model(checkpoint, device)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "float64"])
@@ -653,6 +740,11 @@ def test_bfloat16_where_a_card_only_imitates_it(monkeypatch):
         )
         assert choose_dtype("auto", torch.bfloat16, card) == wanted
         assert choose_dtype("bfloat16", torch.bfloat16, card) == torch.bfloat16
+        assert choose_dtype("16-bit", torch.float32, card) == wanted
+        # PaliGemma 2's numbers outgrow float16.
+        wide = torch.bfloat16 if native else torch.float32
+        assert choose_dtype("auto", torch.bfloat16, card, "gemma2") == wide
+        assert choose_dtype("16-bit", torch.float32, card, "gemma2") == wide
         assert choose_dtype("auto", torch.float32, card) == torch.float32
 
 

@@ -40,7 +40,6 @@ from .training import (
     make_optimizer,
 )
 from .weights import (
-    choose_dtype,
     find_checkpoint,
     load_hf_model,
     make_processor,
@@ -547,10 +546,12 @@ def base_license(model_path: str | os.PathLike | None) -> str | None:
     """The license that the base model's card names; of Google's models, Gemma's."""
     if str(model_path).startswith("google/"):
         return "gemma"
-    card = find_checkpoint(model_path) / "README.md"
-    if not card.is_file():
+    try:
+        card = find_checkpoint(model_path, only=["README.md"]) / "README.md"
+        text = card.read_text("utf-8")
+    except OSError:  # no card, or no network to ask for it
         return None
-    named = re.search(r"^license: *(\S+)", card.read_text("utf-8"), re.MULTILINE)
+    named = re.search(r"^license: *(\S+)", text, re.MULTILINE)
     return named[1] if named else None
 
 
@@ -706,14 +707,18 @@ def load_for_training(
 ) -> tuple[Accelerator, PaliGemmaForConditionalGeneration, PaliGemmaProcessor]:
     """Accelerator, model and processor that fit each other.
 
-    With dtype "auto" weights are as stored; on a GPU bfloat16, or float16 without it.
+    With dtype "auto" weights are as stored; on a GPU `choose_dtype`'s "16-bit".
     """
     device, dtype = PartialState(cpu=config.only_cpu).device, config.dtype
     if dtype == "auto" and device.type == "cuda":
-        dtype = choose_dtype("auto", torch.bfloat16, device)
+        dtype = "16-bit"
     model, tokenizer = load_hf_model(model_path, device, dtype)
     if model.dtype not in MIXED:
         raise ValueError(f"no training in {model.dtype}: give --dtype bfloat16")
+    if model.dtype == torch.float16 and device.type == "cpu":
+        raise ValueError(
+            "no training in float16 on the CPU: give --dtype bfloat16 or float32"
+        )
     accelerator = Accelerator(
         cpu=config.only_cpu,
         mixed_precision=MIXED[model.dtype],
@@ -981,8 +986,6 @@ def main(argv: list[str] | None = None) -> int:
         log = finetune(**where, config=FineTuningConfig(**options))
     except Exception as error:
         line = advice(error)
-        if isinstance(error, FloatingPointError):
-            line = str(error)
         if isinstance(error, RuntimeError) and "out of memory" in str(error):
             line = (
                 "the run doesn't fit in the device's memory: try a smaller "

@@ -154,6 +154,7 @@ def build_parser() -> OneLineParser:
     add("--top_p", metavar="P", type=float, help="of sampling; default: 0.9")
     add("--top_k", metavar="K", type=int, help="of sampling; default: all")
     add("--seed", metavar="N", type=int, help="draw the same tokens again")
+    add("--dtype", default="auto", help="of the weights: auto, float32, bfloat16 …")
     add("--only_cpu", metavar="BOOL", **switch, help="leave a GPU alone")
     return parser
 
@@ -428,7 +429,7 @@ def run(options: Namespace) -> None:
     from .weights import describe_model, load_hf_model, make_processor
 
     device = "cpu" if options.only_cpu else "auto"
-    model, tokenizer = load_hf_model(options.model_path, device)
+    model, tokenizer = load_hf_model(options.model_path, device, options.dtype)
     processor = make_processor(model, tokenizer)
     show_answer(model, processor, prompt, picture, settings, decoder, output)
     drawn = "" if repeatable else f"; again with --seed {seed}"
@@ -437,7 +438,7 @@ def run(options: Namespace) -> None:
 
 def advice(error: Exception) -> str | None:
     """The line for a mistake of the user's; None for a fault of the program."""
-    if isinstance(error, (OSError, ValueError)):
+    if isinstance(error, (OSError, ValueError, FloatingPointError)):
         return " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "out of memory" in str(error):
         return "the model doesn't fit in the device's memory: try --only_cpu True"

@@ -206,7 +206,8 @@ def token_steps(
 ) -> Iterator[tuple[list[int], list[float]]]:
     """Yield (ids, probabilities) of all rows, one step at a time, up to the limit.
 
-    It knows nothing of EOS or `stop`: whoever has enough stops asking.
+    It knows nothing of EOS or `stop`: whoever has enough stops asking. Raises
+    FloatingPointError for logits that are no numbers, which would read as blanks.
     """
     inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     attention_mask = inputs["attention_mask"]
@@ -220,6 +221,11 @@ def token_steps(
     image_id = model.config.image_token_index
     logits = prefill(model, inputs, kv_cache)  # [B, V]
     for step in range(settings.max_new_tokens):
+        if not logits.isfinite().all():
+            raise FloatingPointError(
+                f"the model's logits are no longer numbers: {model.dtype} is too small "
+                "for it. Load it with dtype='float32' or 'bfloat16'"
+            )
         # An answer holds no picture. (An id outside the table: an empty slice.)
         logits[:, image_id : image_id + 1] = float("-inf")
         token_ids, probabilities = sample_next_token(

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 from .config import PaliGemmaConfig
 from .paligemma import PaliGemmaForConditionalGeneration
-from .processing import PaliGemmaProcessor
+from .processing import IMAGE_TOKEN, PaliGemmaProcessor
 
 __all__ = [
     "EMBEDDED",
@@ -44,8 +44,10 @@ __all__ = [
     "explain_hub_error",
     "find_checkpoint",
     "tensor_names",
+    "read_index",
     "find_tensors",
     "check_tensors",
+    "check_index",
     "choose_device",
     "has_bfloat16",
     "choose_dtype",
@@ -92,9 +94,17 @@ def _hub_id(model_path: str | os.PathLike) -> tuple[str, str | None] | None:
     return (found[1], found[2]) if found and not Path(model_path).exists() else None
 
 
+def _http_answer(error: BaseException | None) -> Any:
+    "The hub's answer behind an error, or None where it gave none."
+    while error is not None and getattr(error, "response", None) is None:
+        error = error.__cause__ or error.__context__
+    return None if error is None else error.response
+
+
 def explain_hub_error(name: str, revision: str | None, error: Exception) -> str:
     """Why the hub didn't give us `name`, and what to click or set: one sentence."""
     page = f"{constants.ENDPOINT}/{name}"
+    answer = _http_answer(error)
     log_in = "run `hf auth login`, or set HF_TOKEN to a token of your account"
     reason = str(error).strip().partition("\n")[0].rstrip(".") or repr(error)
     if isinstance(error, GatedRepoError):  # it is a RepositoryNotFoundError too
@@ -112,6 +122,14 @@ def explain_hub_error(name: str, revision: str | None, error: Exception) -> str:
             f"{name} has no revision {revision or 'main'}: {page}/tree/main lists its "
             "branches and tags"
         )
+    if answer is not None and answer.status_code in (401, 403):
+        said = answer.headers.get("X-Error-Message", "no reason given").rstrip(".")
+        return (
+            f"the hub refuses {name} ({answer.status_code}: {said}): {log_in}. A "
+            "fine-grained token must be allowed to read gated repositories"
+        )
+    if answer is not None:
+        return f"the hub answered {answer.status_code} for {name}: try again later"
     if isinstance(error, LocalEntryNotFoundError):
         return (
             f"{name} is not, or not whole, in the cache {constants.HF_HUB_CACHE}, and "
@@ -174,8 +192,34 @@ def tensor_names(file: Path) -> list[str]:
             return list(tensors.keys())
     except SafetensorError as error:
         raise ValueError(
-            f"{file} can't be read (truncated? fetch it again): {error}"
+            f"{file} can't be read (truncated?): delete {file.resolve()} and fetch "
+            f"it again ({error})"
         ) from error
+
+
+def _what_instead(folder: Path) -> str:
+    "What lies in a folder without the file of weights, and what to do about it."
+    if list(folder.glob("model-*-of-*.safetensors")):
+        return f", only shards without their index: fetch {INDEX_FILE} too"
+    if list(folder.glob("*.bin")):
+        return (
+            ", only .bin files, which are pickles and could run code: load them with "
+            "transformers, and save_pretrained writes safetensors"
+        )
+    return f" and no {INDEX_FILE}: fetch the weights too"
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """An index of shards: every tensor's name and its shard's. Or a ValueError."""
+    try:
+        weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise ValueError("a shard's name must be text")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{index} is not an index of shards: {error!r}. Fetch it again"
+        ) from error
+    return weight_map
 
 
 def find_tensors(folder: Path) -> dict[str, Path]:
@@ -188,14 +232,8 @@ def find_tensors(folder: Path) -> dict[str, Path]:
     if single.is_file():
         return dict.fromkeys(tensor_names(single), single)
     if not index.is_file():
-        raise FileNotFoundError(
-            f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}: other formats "
-            "are not read, because pickle runs code"
-        )
-    try:
-        weight_map = dict(json.loads(index.read_text("utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} is not an index of shards: {error!r}") from error
+        raise FileNotFoundError(f"{folder} has no {SINGLE_FILE}{_what_instead(folder)}")
+    weight_map = read_index(index)
     shards = sorted(set(weight_map.values()))
     for file in folder.glob("model-*-of-*.safetensors"):
         if file.name not in shards:
@@ -228,6 +266,17 @@ FLOAT_TYPES = {
 }
 
 
+def _refuse(folder: Path | str, problems: Sequence[str]) -> None:
+    "Raise a ValueError that lists the problems, if there are any."
+    if problems:
+        rest = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(
+            f"{folder} doesn't fit the model of its config.json: "
+            f"{'; '.join(problems[:8])}{rest}. Fetch it again, or give the config.json "
+            "that belongs to these tensors"
+        )
+
+
 def check_tensors(
     model: PaliGemmaForConditionalGeneration, files: dict[str, Path]
 ) -> None:
@@ -257,20 +306,35 @@ def check_tensors(
                 seen[ours] = where
     missing = [name for name in expected if name not in seen and name != TIED]
     problems += [f"missing {name}" for name in missing]
-    if problems:
-        rest = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        folder = next(iter(files.values())).parent if files else "the checkpoint"
-        raise ValueError(
-            f"{folder} doesn't fit the model of its config.json: "
-            f"{'; '.join(problems[:8])}{rest}. Fetch it again, or give the config.json "
-            "that belongs to these tensors"
-        )
+    _refuse(next(iter(files.values())).parent if files else "the checkpoint", problems)
+
+
+def check_index(model: PaliGemmaForConditionalGeneration, folder: Path) -> None:
+    """`check_tensors`' check of names for an index, before its shards are fetched."""
+    index = folder / INDEX_FILE
+    if (folder / SINGLE_FILE).is_file() or not index.is_file():
+        return
+    weight_map, expected = read_index(index), model.state_dict().keys()
+    seen = {canonical_name(name) for name in weight_map}
+    names = [n for n in weight_map if canonical_name(n) not in expected]
+    missing = [name for name in expected if name not in seen and name != TIED]
+    problems = [f"unexpected {name} in {INDEX_FILE}" for name in names]
+    _refuse(folder, problems + [f"missing {name}" for name in missing])
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
-    """The device by name; "auto": CUDA if there is one, else Apple's MPS, else CPU."""
+    """The device by name; "auto": CUDA if there is one, else Apple's MPS, else CPU.
+
+    Raises ValueError for a device that isn't there.
+    """
     if device != "auto":
-        return torch.device(device)
+        try:
+            return torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"no device {device!r} here ({reason}): use 'auto' or 'cpu'"
+            ) from error
     if torch.cuda.is_available():
         return torch.device("cuda")
     if torch.backends.mps.is_available():
@@ -288,16 +352,23 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def choose_dtype(
-    dtype: str | torch.dtype, stored: torch.dtype, device: torch.device
+    dtype: str | torch.dtype,
+    stored: torch.dtype,
+    device: torch.device,
+    decoder: str = "gemma",
 ) -> torch.dtype:
     """The dtype by name; "auto": as stored, or the nearest that the device has.
 
-    That is float16 for bfloat16 on a GPU without it, float32 for float64 on MPS.
+    That is float16 for bfloat16 on a GPU without it, but float32 for the decoder
+    "gemma2", whose numbers outgrow float16; and float32 for float64 on MPS. "16-bit"
+    is "auto" for files in bfloat16, whatever the files.
     Raises ValueError for a name that isn't one of torch's floating-point types.
     """
+    if dtype == "16-bit":
+        dtype, stored = "auto", torch.bfloat16
     if dtype == "auto":
         if stored == torch.bfloat16 and not has_bfloat16(device):
-            return torch.float16
+            return torch.float32 if decoder == "gemma2" else torch.float16
         if stored == torch.float64 and device.type == "mps":
             return torch.float32
         return stored
@@ -305,7 +376,7 @@ def choose_dtype(
     if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
         raise ValueError(
             f"dtype={dtype!r} is not a floating-point type of torch: "
-            "use 'auto', 'float32', 'bfloat16' or 'float16'"
+            "use 'auto', '16-bit', 'float32', 'bfloat16' or 'float16'"
         )
     return chosen
 
@@ -344,8 +415,9 @@ def check_tied(files: dict[str, Path]) -> None:
             tensors.append(file.get_tensor(name))
     if not torch.equal(*tensors):
         raise ValueError(
-            f"{pair[TIED]} in {files[pair[TIED]].name} differs from "
-            f"{pair[EMBEDDING]}: in PaliGemma they are one tensor"
+            f"{pair[TIED]} in {files[pair[TIED]]} differs from {pair[EMBEDDING]}: in "
+            "PaliGemma they are one tensor. This was trained with two, or is damaged: "
+            "fetch it again"
         )
 
 
@@ -386,19 +458,43 @@ def load_tokenizer(folder: Path) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise FileNotFoundError(
-            f"no tokenizer that can be read in {folder}: {reason}"
+            f"no tokenizer that can be read in {folder}: fetch its tokenizer.json, "
+            f"or tokenizer.model, and tokenizer_config.json ({reason})"
         ) from error
 
 
 def read_config(folder: Path) -> PaliGemmaConfig:
-    """A checkpoint's sizes; ValueError names the file where it is no PaliGemma's."""
+    """A checkpoint's sizes.
+
+    Raises FileNotFoundError where there is no config.json, ValueError that names the
+    file where it isn't a PaliGemma's in transformers' format.
+    """
+    path = folder / "config.json"
+    if (folder / "adapter_config.json").is_file() and not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds an adapter, not a model: merge it into its base model "
+            "with peft's merge_and_unload, save that, and give its folder"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no config.json in {folder}: only checkpoints in transformers' format are "
+            "read, not JAX's, Keras' or GGUF files. Give one like "
+            "google/paligemma-3b-mix-224"
+        )
     try:
-        return PaliGemmaConfig.from_pretrained(folder)
-    except ValueError as error:
+        config = PaliGemmaConfig.from_pretrained(folder)
+        values = json.loads(path.read_text("utf-8"))
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder / 'config.json'} is not a PaliGemma's: {error}. Give the folder "
-            "or the hub id of a PaliGemma checkpoint"
+            f"{path} is not a PaliGemma's in transformers' format: {error}. Give the "
+            "folder or the hub id of one, like google/paligemma-3b-mix-224"
         ) from error
+    if "quantization_config" in values:
+        raise ValueError(
+            f"{path} says that the weights are quantized: give the checkpoint that "
+            "they were made from"
+        )
+    return config
 
 
 def load_hf_model(
@@ -415,22 +511,36 @@ def load_hf_model(
     before a weight is read. The model comes in eval mode.
     Raises FileNotFoundError and ValueError that name the file and the tensor.
     """
-    config = read_config(find_checkpoint(model_path, revision, SMALL_FILES))
-    folder = find_checkpoint(model_path, revision)  # now the weights too
-    files = find_tensors(folder)
-    model = empty_model(config)
-    check_tensors(model, files)
-    tokenizer = load_tokenizer(folder)
     device = choose_device(device)
-    read_weights(model, files, device, choose_dtype(dtype, stored_dtype(files), device))
+    folder = find_checkpoint(model_path, revision, SMALL_FILES)
+    config, tokenizer = read_config(folder), load_tokenizer(folder)
+    model = empty_model(config)
+    if model_path is not None and _hub_id(model_path):
+        check_index(model, folder)
+        folder = find_checkpoint(model_path, revision)  # now the weights too
+    files = find_tensors(folder)
+    check_tensors(model, files)
+    stored, decoder = stored_dtype(files), config.text_config.model_type
+    dtype = choose_dtype(dtype, stored, device, decoder)
+    read_weights(model, files, device, dtype)
     return model.to(device).eval(), tokenizer  # the buffers move too
 
 
 def make_processor(
     model: PaliGemmaForConditionalGeneration, tokenizer: Any
 ) -> PaliGemmaProcessor:
-    """The processor with the number of image tokens and the side that a model needs."""
+    """The processor with the number of image tokens and the side that a model needs.
+
+    Raises ValueError where the tokenizer belongs to another model.
+    """
     vision = model.config.vision_config
+    theirs = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if theirs != model.config.image_token_index:
+        raise ValueError(
+            f"{IMAGE_TOKEN} is {theirs} for the tokenizer and "
+            f"{model.config.image_token_index} in the model's config: give each "
+            "model its own tokenizer"
+        )
     return PaliGemmaProcessor(tokenizer, vision.num_image_tokens, vision.image_size)
 
 
@@ -517,7 +627,7 @@ def load_chosen_model() -> tuple[PaliGemmaForConditionalGeneration, Any, str]:
     """(model, tokenizer, `describe_model`'s sentence) for the variable VLM_MODEL.
 
     VLM_MODEL is a folder or a hub id, which may end in `@revision`; on a GPU the
-    weights come in bfloat16 (float16 where it has none). Unset, or where that model
+    weights come in `choose_dtype`'s "16-bit". Unset, or where that model
     can't be had, which a printed line explains: the embedded model.
     """
     chosen = os.environ.get("VLM_MODEL", "").strip() or None
@@ -530,9 +640,7 @@ def load_chosen_model() -> tuple[PaliGemmaForConditionalGeneration, Any, str]:
                 "accept a license on their page and to log in with `hf auth login`."
             )
         try:
-            dtype = "auto"
-            if device.type == "cuda":
-                dtype = choose_dtype("auto", torch.bfloat16, device)
+            dtype = "16-bit" if device.type == "cuda" else "auto"
             model, tokenizer = load_hf_model(chosen, device, dtype)
             return model, tokenizer, describe_model(model, chosen)
         except (OSError, ValueError, torch.OutOfMemoryError) as error:
