@@ -202,7 +202,7 @@ def embedded_config(tokenizer: Any) -> PaliGemmaConfig:
         vision_config={
             "hidden_size": 160,
             "intermediate_size": 640,
-            "num_hidden_layers": 5,
+            "num_hidden_layers": 6,
             "num_attention_heads": 5,
             "image_size": 128,
             "patch_size": 16,
@@ -211,7 +211,7 @@ def embedded_config(tokenizer: Any) -> PaliGemmaConfig:
             "vocab_size": vocabulary,
             "hidden_size": 128,
             "intermediate_size": 384,
-            "num_hidden_layers": 4,
+            "num_hidden_layers": 6,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
             "head_dim": 32,
