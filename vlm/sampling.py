@@ -221,10 +221,10 @@ def token_steps(
     image_id = model.config.image_token_index
     logits = prefill(model, inputs, kv_cache)  # [B, V]
     for step in range(settings.max_new_tokens):
-        if not logits.isfinite().all():
+        if not logits.amax(dim=-1).isfinite().all():  # some may be forbidden: -inf
             raise FloatingPointError(
-                f"the model's logits are no longer numbers: {model.dtype} is too small "
-                "for it. Load it with dtype='float32' or 'bfloat16'"
+                f"the model's logits are no longer numbers in {model.dtype}. Some "
+                "models outgrow float16: load it with dtype='float32' or 'bfloat16'"
             )
         # An answer holds no picture. (An id outside the table: an empty slice.)
         logits[:, image_id : image_id + 1] = float("-inf")
