@@ -985,12 +985,11 @@ def main(argv: list[str] | None = None) -> int:
         where = {name: options.pop(name) for name in names}
         log = finetune(**where, config=FineTuningConfig(**options))
     except Exception as error:
-        line = advice(error)
-        if isinstance(error, RuntimeError) and "out of memory" in str(error):
-            line = (
-                "the run doesn't fit in the device's memory: try a smaller "
-                "--micro_batch_size, --gradient_checkpointing or --lora_rank 8"
-            )
+        line = advice(
+            error,
+            "the run doesn't fit in the device's memory: try a smaller "
+            "--micro_batch_size, --gradient_checkpointing or --lora_rank 8",
+        )
         if line is None:
             raise
         if first:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ABOUT",
     "TASKS",
+    "TOO_LARGE",
     "PREVIEW",
     "STYLE",
     "HALF",
@@ -436,12 +437,18 @@ def run(options: Namespace) -> None:
     note(f"answered by {describe_model(model, options.model_path)}{drawn}")
 
 
-def advice(error: Exception) -> str | None:
-    """The line for a mistake of the user's; None for a fault of the program."""
+TOO_LARGE = "the model doesn't fit in the device's memory: try --only_cpu True"
+
+
+def advice(error: Exception, too_large: str = TOO_LARGE) -> str | None:
+    """The line for a mistake of the user's; None for a fault of the program.
+
+    `too_large` is the line for a device without enough memory.
+    """
     if isinstance(error, (OSError, ValueError, FloatingPointError)):
         return " ".join(str(error).split())
     if isinstance(error, RuntimeError) and "out of memory" in str(error):
-        return "the model doesn't fit in the device's memory: try --only_cpu True"
+        return too_large
     return None
 
 

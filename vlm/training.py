@@ -460,7 +460,7 @@ class SceneDataset(Dataset):
         ]
         num_image_tokens = self.processor.num_image_tokens
         room = self.config.max_row_tokens - num_image_tokens
-        fitting, caption = [], None
+        fitting, caption = [], -1  # no question has this number
         for task, (prefix, suffix) in zip(tasks, answers, strict=True):
             length = len(prefix) - num_image_tokens + len(suffix)
             if length <= room or not fitting:

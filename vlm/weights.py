@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def explain_hub_error(name: str, revision: str | None, error: Exception) -> str:
             f"the hub refuses {name} ({answer.status_code}: {said}): {log_in}. A "
             "fine-grained token must be allowed to read gated repositories"
         )
-    if answer is not None:
+    if answer is not None and (answer.status_code == 429 or answer.status_code >= 500):
         return f"the hub answered {answer.status_code} for {name}: try again later"
     if isinstance(error, LocalEntryNotFoundError):
         return (
@@ -266,8 +266,15 @@ FLOAT_TYPES = {
 }
 
 
-def _refuse(folder: Path | str, problems: Sequence[str]) -> None:
-    "Raise a ValueError that lists the problems, if there are any."
+def _refuse(
+    folder: Path | str,
+    problems: Sequence[str],
+    expected: Collection[str],
+    seen: Collection[str],
+) -> None:
+    "Raise a ValueError that lists the problems and what is missing, if anything is."
+    missing = [name for name in expected if name not in seen and name != TIED]
+    problems = [*problems, *(f"missing {name}" for name in missing)]
     if problems:
         rest = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(
@@ -304,9 +311,8 @@ def check_tensors(
                     allowed = ", ".join(FLOAT_TYPES)
                     problems.append(f"{where} has dtype {kind}, not one of {allowed}")
                 seen[ours] = where
-    missing = [name for name in expected if name not in seen and name != TIED]
-    problems += [f"missing {name}" for name in missing]
-    _refuse(next(iter(files.values())).parent if files else "the checkpoint", problems)
+    folder = next(iter(files.values())).parent if files else "the checkpoint"
+    _refuse(folder, problems, expected, seen)
 
 
 def check_index(model: PaliGemmaForConditionalGeneration, folder: Path) -> None:
@@ -316,10 +322,9 @@ def check_index(model: PaliGemmaForConditionalGeneration, folder: Path) -> None:
         return
     weight_map, expected = read_index(index), model.state_dict().keys()
     seen = {canonical_name(name) for name in weight_map}
-    names = [n for n in weight_map if canonical_name(n) not in expected]
-    missing = [name for name in expected if name not in seen and name != TIED]
-    problems = [f"unexpected {name} in {INDEX_FILE}" for name in names]
-    _refuse(folder, problems + [f"missing {name}" for name in missing])
+    odd = [name for name in weight_map if canonical_name(name) not in expected]
+    problems = [f"unexpected {name} in {INDEX_FILE}" for name in odd]
+    _refuse(folder, problems, expected, seen)
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
