@@ -162,6 +162,7 @@ def test_draws_follow_the_distribution():
         (dict(temperature=float("nan")), "temperature=nan must be"),
         (dict(temperature=float("inf")), "temperature=inf must be"),
         (dict(top_k=0), "top_k=0 must be at least 1, or None"),
+        (dict(seed=2**64), "must be a number of at most 64 bits"),
         (dict(top_p=0.0), r"top_p=0.0 must be in \(0, 1\], or None"),
         (dict(top_p=1.1), r"top_p=1.1 must be in \(0, 1\], or None"),
         (dict(cache="huge"), "cache='huge' must be 'dynamic' or 'static'"),

@@ -137,6 +137,8 @@ class GenerationSettings:
             raise ValueError(f"top_k={self.top_k} must be at least 1, or None")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p} must be in (0, 1], or None")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"seed={self.seed} must be a number of at most 64 bits")
         if self.cache not in ("dynamic", "static"):
             raise ValueError(f"cache={self.cache!r} must be 'dynamic' or 'static'")
         if not callable(self.stop) and not all(self.stop_strings):
