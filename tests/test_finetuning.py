@@ -341,6 +341,15 @@ def run(model_path, *more):
     return main([*words, *QUICK, *more])
 
 
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlm.finetuning.finetune", interrupt)
+    assert main(["--data", "x", "--output", str(tmp_path / "run")]) == 130
+    assert "--resume goes on from the last save" in capsys.readouterr().err
+
+
 def test_the_command_from_folder_to_checkpoint(checkpoints, folder, capsys):
     assert run(checkpoints / "float32", "--epochs", "8") == 0
     out = capsys.readouterr().out

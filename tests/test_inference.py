@@ -203,6 +203,18 @@ def test_sampling_options_without_sampling_are_called_idle(checkpoint, says, cap
     words = ("--model_path", str(checkpoint), "--top_p", "0.5")
     assert main(ask("caption en", *words)) == 0
     assert "--top_p counts only with --do_sample True" in capsys.readouterr().err
+    assert main(ask("caption en", *words, "--seed", "1")) == 0
+    said = capsys.readouterr().err
+    assert "--top_p counts only" in said and "--seed counts only" in said
+
+
+def test_an_interrupted_run_says_so(monkeypatch, capsys):
+    def interrupt(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlm.inference.run", interrupt)
+    assert main(ask("caption en")) == 130
+    assert capsys.readouterr().err == "stopped\n"
 
 
 def test_masks_are_listed_and_drawn(checkpoint, masks, says, capsys):

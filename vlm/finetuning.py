@@ -977,13 +977,20 @@ def parse_options(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, or 2 after one line of advice."""
+    """The command line; returns the exit status.
+
+    0; 2 after one line of advice; 130, as shells expect, when it was interrupted.
+    """
     first = os.environ.get("RANK", "0") == "0"  # of several processes, one speaks
     try:
         options = parse_options(argv)
         names = ("data", "output", "model_path", "resume", "stop_after")
         where = {name: options.pop(name) for name in names}
         log = finetune(**where, config=FineTuningConfig(**options))
+    except KeyboardInterrupt:
+        if first:
+            note("stopped: --resume goes on from the last save, if there is one")
+        return 130
     except Exception as error:
         line = advice(
             error,

@@ -401,7 +401,7 @@ test_inference.__test__ = False  # the name is a habit of the field, not a test
 
 def run(options: Namespace) -> None:
     """Do what the options ask, cheap checks first."""
-    shaping = ("temperature", "top_p", "top_k")
+    shaping = ("temperature", "top_p", "top_k", "seed")
     idle = [name for name in shaping if getattr(options, name) is not None]
     repeatable = not options.do_sample or options.seed is not None
     seed = options.seed if repeatable else random.SystemRandom().randrange(2**32)
@@ -415,8 +415,8 @@ def run(options: Namespace) -> None:
     )
     prompt, output = options.prompt, options.output
     picture = check_request(prompt, options.image_file_path, output)
-    if idle and not options.do_sample:
-        note(f"--{idle[0]} counts only with --do_sample True")
+    for name in [] if options.do_sample else idle:
+        note(f"--{name} counts only with --do_sample True")
 
     # Imported late: `--help` and a misspelled option are answered without torch.
     decoder = None
@@ -453,9 +453,15 @@ def advice(error: Exception, too_large: str = TOO_LARGE) -> str | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status: 0, or 2 after one line of advice."""
+    """The command line; returns the exit status.
+
+    0; 2 after one line of advice; 130, as shells expect, when it was interrupted.
+    """
     try:
         run(parse_options(argv))
+    except KeyboardInterrupt:
+        note("stopped")
+        return 130
     except Exception as error:
         line = advice(error)
         if line is None:
