@@ -512,6 +512,11 @@ def test_the_mean_is_over_things_not_over_pictures():
     assert mean_iou([[], found[1]], [[], three]) == pytest.approx(0.5 / 3)
 
 
+def test_masks_for_fewer_pictures_are_refused():
+    with pytest.raises(ValueError, match="masks for 1 pictures, truth for 2: give a"):
+        mean_iou([[]], [[], []])
+
+
 def test_a_mean_of_nothing_is_refused():
     with pytest.raises(ValueError, match="no true thing"):
         mean_iou([[block("owl", 0, 0, 4, 4)]], [[]])

@@ -193,6 +193,11 @@ def mean_iou(
     One entry a picture in both. Raises ValueError where there is no true thing, or
     the two differ in length.
     """
+    if len(found) != len(things):
+        raise ValueError(
+            f"masks for {len(found)} pictures, truth for {len(things)}: give a list of "
+            "masks for each picture, an empty one where there are none"
+        )
     ious = [
         iou
         for ours, theirs in zip(found, things, strict=True)
