@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
+from vlm.mask_tokens import Codebook
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
 from vlm.scenes import all_kinds, make_scene
@@ -21,6 +23,7 @@ from vlm.training import (
     SceneDataset,
     TrainingConfig,
     TrainingLog,
+    code_likeness,
     collate,
     embedded_config,
     fourier_locs,
@@ -33,6 +36,7 @@ from vlm.training import (
     packed_mask,
     patch_targets,
     sincos_positions,
+    token_losses,
     train,
 )
 
@@ -249,6 +253,32 @@ def test_with_a_mask_encoder_segment_is_among_the_questions(processor):
         assert torch.equal(plain[i]["pixel_values"], masks[i]["pixel_values"])
 
 
+def test_questions_and_styles_are_those_of_the_settings(processor, monkeypatch):
+    styles = []
+    real = make_scene
+    monkeypatch.setattr(
+        "vlm.training.make_scene",
+        lambda *args, **kw: styles.append(kw["styles"]) or real(*args, **kw),
+    )
+    config = replace(
+        CONFIG,
+        patch_steps=0,
+        styles="flat,noto,flat",
+        questions="caption",
+        more_questions="count",
+    )
+    row = SceneDataset(processor, 16, config)[0]
+    assert styles == [["flat", "noto", "flat"]]
+    prompts = [
+        processor.tokenizer.decode(
+            row["input_ids"][(row["question_ids"] == n) & (row["token_type_ids"] == 0)]
+        )
+        for n in (1, 2, 3)
+    ]
+    assert sum("caption en" in prompt for prompt in prompts) == 1
+    assert sum("how many" in prompt for prompt in prompts) == 2
+
+
 def test_rows_keep_to_their_limit(processor):
     config = replace(CONFIG, patch_steps=0, questions_per_picture=8)
     mask = dict(encode_mask=lambda mask: [7] * 16)
@@ -302,6 +332,37 @@ def test_lesson_returns_the_models_own_loss(world_tokenizer, processor):
     patches = {n: t for n, t in batch.items() if n[:5] in ("pixel", "patch")}
     totals, counts = lesson(patches)
     assert totals[0] == counts[0] == 0 and (counts[1:] > 0).all()
+
+
+def test_likeness_by_hand():
+    """Codes in a row, one apart: shares fall like a bell curve on both sides."""
+    codebook = Codebook()
+    codebook._embedding.zero_()
+    codebook._embedding[:, 3] = 7 * torch.arange(128.0)  # the unit doesn't matter
+    likeness = code_likeness(codebook)
+    steps = torch.arange(128.0)
+    bells = (-((steps[:, None] - steps) ** 2)).exp()
+    torch.testing.assert_close(likeness, bells / bells.sum(dim=1, keepdim=True))
+
+
+def test_seg_tokens_share_their_lesson_and_others_dont():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 5, 200, requires_grad=True)
+    targets = torch.tensor([[3, 60, 59, 187, 188], [0, 61, 199, 100, 7]])
+    likeness = torch.rand(128, 128).softmax(dim=1)
+    shares = F.one_hot(targets, 200).float()
+    for place in ((0, 1), (0, 3), (1, 1), (1, 3)):  # ids 60 to 187 are seg tokens
+        shares[place] = 0
+        shares[place][60:188] = likeness[targets[place] - 60]
+    expected = F.cross_entropy(
+        logits.flatten(0, 1), shares.flatten(0, 1), reduction="none"
+    ).unflatten(0, (2, 5))
+    losses = token_losses(logits, targets, likeness, first_seg=60)
+    torch.testing.assert_close(losses, expected)
+    gradients = [torch.autograd.grad(x.sum(), logits)[0] for x in (losses, expected)]
+    torch.testing.assert_close(*gradients)
+    plain = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    torch.testing.assert_close(token_losses(logits, targets), plain)
 
 
 def test_label_weights_by_hand(world_tokenizer, processor):
@@ -446,12 +507,23 @@ def test_two_processes_have_the_loss_of_one(world_tokenizer, processor, tmp_path
         (["--resume"], "no saved run"),
         (["--init", "nowhere"], "no folder nowhere"),
         (["--mask_tokens", "nowhere"], "no mask_encoder.safetensors in nowhere"),
+        (["--questions", "sing"], "no question for task 'sing'"),
+        (["--styles", "cubist"], "unknown style 'cubist'"),
     ],
 )
 def test_command_line_errors_are_one_line(arguments, message, tmp_path, capsys):
     assert main(["--output", str(tmp_path / "run"), *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupt(*args, **settings):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vlm.training.train", interrupt)
+    assert main(["--output", str(tmp_path / "run"), "--steps", "1"]) == 130
+    assert "--resume" in capsys.readouterr().err
 
 
 def test_unknown_flag_exits_with_2(capsys):

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from .config import PaliGemmaConfig
-from .mask_tokens import MaskVQVAE
+from .mask_tokens import Codebook, MaskVQVAE
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import (
     NUM_LOCS,
@@ -78,6 +78,8 @@ __all__ = [
     "label_weights",
     "SceneDataset",
     "collate",
+    "code_likeness",
+    "token_losses",
     "Lesson",
     "learning_rate_at",
     "loss_weights",
@@ -132,7 +134,16 @@ class TrainingConfig:
     patch_loss_weight: float = _setting(0.3, "of the patch losses beside the text's")
     max_objects: int = _setting(6, "stickers in a picture, at most")
     patch_max_objects: int = _setting(10, "the same while only the eyes learn")
+    styles: str = _setting(
+        ",".join(TRAINING_STYLES), "of the stickers; named twice, drawn twice as often"
+    )
     vary: float = _setting(0.5, "share of stickers with another look")
+    questions: str = _setting(
+        "caption,detect,segment,count,relation", "tasks asked about every picture"
+    )
+    more_questions: str = _setting(
+        "detect,segment,count,relation,presence", "tasks that the rest is drawn from"
+    )
     seed: int = _setting(0, "of scenes, questions and starting values")
     num_workers: int = _setting(0, "processes that draw scenes")
     mixed_precision: str = _setting("no", "no, bf16 or fp16")
@@ -398,8 +409,8 @@ class SceneDataset(Dataset):
     """Pictures with questions, made up as they are asked for; the index is the seed.
 
     An item's scene and questions depend on `seed` and the index alone, so a run that
-    resumes at index i sees what it would have seen. With `encode_mask` (the crop of a
-    mask → sixteen codes) `segment` is among the questions.
+    resumes at index i sees what it would have seen. Without `encode_mask` (the crop of
+    a mask → sixteen codes) each `segment` becomes a `detect`.
     """
 
     def __init__(
@@ -430,7 +441,7 @@ class SceneDataset(Dataset):
                 if only_patches
                 else self.config.max_objects
             ),
-            styles=TRAINING_STYLES,
+            styles=self.config.styles.split(","),
             vary=self.config.vary,
         )
         kinds, boxes, shapes = patch_targets(scene, self.patch_size)
@@ -442,10 +453,12 @@ class SceneDataset(Dataset):
         }
         if only_patches:
             return item
-        where = "detect" if self.encode_mask is None else "segment"
-        tasks = ["caption", "detect", where, "count", "relation"]
+        tasks = self.config.questions.split(",")
+        more = self.config.more_questions.split(",")
         while len(tasks) < self.config.questions_per_picture:
-            tasks.append(rng.choice(("detect", where, "count", "relation", "presence")))
+            tasks.append(rng.choice(more))
+        if self.encode_mask is None:
+            tasks = ["detect" if task == "segment" else task for task in tasks]
         rng.shuffle(tasks)
         tasks = tasks[: self.config.questions_per_picture]
         questions = [
@@ -500,16 +513,58 @@ def collate(items: list[dict[str, Tensor]], pad_token_id: int = 0) -> dict[str, 
     return batch
 
 
+def code_likeness(codebook: Codebook) -> Float[Tensor, "128 128"]:
+    """How a right code shares its lesson with the codes like it: rows sum to 1.
+
+    Shares fall with the squared distance of the vectors; its unit is that of a typical
+    code to its nearest neighbor.
+    """
+    distance = torch.cdist(codebook._embedding, codebook._embedding).square()
+    nearest = distance.topk(2, largest=False).values[:, 1]  # the first is itself
+    return (-distance / nearest.median()).softmax(dim=-1)
+
+
+def token_losses(
+    logits: Float[Tensor, "B T V"],
+    targets: Int[Tensor, "B T"],
+    likeness: Float[Tensor, "128 128"] | None = None,
+    first_seg: int = 0,
+) -> Float[Tensor, "B T"]:
+    """Cross-entropy of each target; with `likeness`, seg tokens share theirs.
+
+    `first_seg` is the id of `<seg000>`.
+    """
+    log_p = logits.float().log_softmax(dim=-1)  # [B, T, V]
+    losses = -log_p.gather(-1, targets[..., None])[..., 0]  # [B, T]
+    if likeness is None:
+        return losses
+    codes = targets - first_seg
+    is_seg = (codes >= 0) & (codes < NUM_SEGS)
+    shares = likeness[codes[is_seg]]  # [n, 128]
+    seg_log_p = log_p[is_seg][:, first_seg : first_seg + NUM_SEGS]  # [n, 128]
+    return losses.masked_scatter(is_seg, -(shares * seg_log_p).sum(dim=-1))
+
+
 class Lesson(nn.Module):
     """Model and teacher as one module: a batch in, every loss out.
 
     The teacher overhears what the vision tower says in the model's own forward pass.
+    With `vqvae`, the seg tokens from the id `first_seg` on share their lessons.
     """
 
-    def __init__(self, model: PaliGemmaForConditionalGeneration, teacher: PatchTeacher):
+    def __init__(
+        self,
+        model: PaliGemmaForConditionalGeneration,
+        teacher: PatchTeacher,
+        vqvae: MaskVQVAE | None = None,
+        first_seg: int = 0,
+    ):
         super().__init__()
         self.model = model
         self.teacher = teacher
+        self.first_seg = first_seg
+        likeness = None if vqvae is None else code_likeness(vqvae.decoder.codebook)
+        self.register_buffer("likeness", likeness, persistent=False)
         self._overheard: Tensor | None = None
         model.vision_tower.register_forward_hook(self._overhear)
 
@@ -539,8 +594,8 @@ class Lesson(nn.Module):
             )["logits"]  # [B, T - N, V]
             targets = input_ids[:, num_image + 1 :]  # [B, T - N - 1]: the next tokens
             weights = batch["label_weights"][:, num_image + 1 :]
-            losses = F.cross_entropy(
-                logits[:, :-1].transpose(1, 2).float(), targets, reduction="none"
+            losses = token_losses(
+                logits[:, :-1], targets, self.likeness, self.first_seg
             )  # [B, T - N - 1]
             text_total, text_count = (losses * weights).sum(), weights.sum()
         else:
@@ -766,17 +821,15 @@ def train(
     evaluate: Evaluate | None = None,
     resume: bool = False,
     stop_after: int | None = None,
-    encode_mask: EncodeMask | None = None,
+    vqvae: MaskVQVAE | None = None,
 ) -> list[dict[str, float]]:
     """Train `model` in place on scenes; returns the log, one dict a line.
 
     - `output`: folder for `log.jsonl` and `last` (None keeps everything in memory).
     - `init`: the folder that `model` came from; a teacher saved there is taken along.
-    - `evaluate`: called every `eval_every` steps and at the end with (model, step);
-      what it returns goes into the log.
-    - `resume`: continue the run saved in `output`; the loss curve goes on as if it had
-      never stopped. `stop_after`: end early, at this step.
-    - `encode_mask`: the crop of a mask → its sixteen codes; None leaves `segment` out.
+    - `evaluate`: gets (model, step) every `eval_every` steps and last; it is logged.
+    - `resume`: continue the run in `output`. `stop_after`: end early, at this step.
+    - `vqvae`: makes the codes of `segment`'s answers; None leaves `segment` out.
 
     Raises FileExistsError where `output` holds a run and `resume` is False, and
     FloatingPointError when a loss is no longer a number.
@@ -793,12 +846,14 @@ def train(
         raise FileExistsError(
             f"{folder} holds a run already: resume it, or choose another folder"
         )
-    lesson = Lesson(model, PatchTeacher(model.config))
+    first_seg = processor.tokenizer.convert_tokens_to_ids(seg_token(0))
+    lesson = Lesson(model, PatchTeacher(model.config), vqvae, first_seg)
     if init is not None:
         load_teacher(Path(init), lesson.teacher)
     optimizer = make_optimizer(lesson, config)
     first = load_training_state(folder, lesson, optimizer) if resume else 0
     patch_size = model.config.vision_config.patch_size
+    encode_mask = None if vqvae is None else vqvae.encode_mask
     dataset = SceneDataset(processor, patch_size, config, encode_mask)
     loader = DataLoader(
         Subset(dataset, range(first * config.batch_size, len(dataset))),
@@ -878,7 +933,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 2 and one clear line for what a user can get wrong."""
+    """The command line; 2 and one clear line for what a user can get wrong.
+
+    130, as shells expect, when it was interrupted.
+    """
     arguments = vars(build_parser().parse_args(argv))
     output, init = Path(arguments.pop("output")), arguments.pop("init")
     resume, stop_after = arguments.pop("resume"), arguments.pop("stop_after")
@@ -901,8 +959,11 @@ def main(argv: list[str] | None = None) -> int:
             evaluate=lambda model, step: validate(model, processor),
             resume=resume,
             stop_after=stop_after,
-            encode_mask=vqvae.encode_mask,
+            vqvae=vqvae,
         )
+    except KeyboardInterrupt:
+        print("stopped: --resume goes on from the last save, if any", file=sys.stderr)
+        return 130
     except (OSError, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
