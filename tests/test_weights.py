@@ -248,6 +248,29 @@ def test_damaged_checkpoints_are_refused(copy, damage):
         assert str(raised.value).startswith(f"{copy} doesn't fit the model")
 
 
+def test_every_byte_of_every_shard_is_read_ahead(shards, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        vlm.weights.os,
+        "posix_fadvise",
+        lambda fd, *rest: asked.append((os.fstat(fd).st_size, *rest)),
+        raising=False,
+    )
+    monkeypatch.setattr(vlm.weights.os, "POSIX_FADV_WILLNEED", 3, raising=False)
+    monkeypatch.setattr(vlm.weights, "READ_AHEAD", 10_000)
+    load_hf_model(shards, "cpu")
+    sizes = [path.stat().st_size for path in sorted(shards.glob("*.safetensors"))]
+    expected = [
+        (size, start, 10_000, 3) for size in sizes for start in range(0, size, 10_000)
+    ]
+    assert asked == expected and len(asked) > len(sizes)
+
+
+def test_a_system_that_takes_no_advice(shards, model, monkeypatch):
+    monkeypatch.delattr(vlm.weights.os, "posix_fadvise", raising=False)
+    assert_same_weights(load_hf_model(shards, "cpu")[0], model)
+
+
 def test_checked_before_a_weight_is_read(copy, monkeypatch):
     rewrite(copy, transposed)
     monkeypatch.setattr(vlm.weights, "read_weights", pytest.fail)
