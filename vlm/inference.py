@@ -402,7 +402,7 @@ test_inference.__test__ = False  # the name is a habit of the field, not a test
 def run(options: Namespace) -> None:
     """Do what the options ask, cheap checks first."""
     shaping = ("temperature", "top_p", "top_k", "seed")
-    idle = [name for name in shaping if getattr(options, name) is not None]
+    given = [name for name in shaping if getattr(options, name) is not None]
     repeatable = not options.do_sample or options.seed is not None
     seed = options.seed if repeatable else random.SystemRandom().randrange(2**32)
     settings = make_settings(
@@ -415,8 +415,9 @@ def run(options: Namespace) -> None:
     )
     prompt, output = options.prompt, options.output
     picture = check_request(prompt, options.image_file_path, output)
-    for name in [] if options.do_sample else idle:
-        note(f"--{name} counts only with --do_sample True")
+    if not options.do_sample:
+        for name in given:
+            note(f"--{name} counts only with --do_sample True")
 
     # Imported late: `--help` and a misspelled option are answered without torch.
     decoder = None
