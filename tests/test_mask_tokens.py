@@ -598,8 +598,7 @@ def test_shipped_codes_carry_masks_never_seen(shipped):
 
 def test_a_mask_becomes_sixteen_codes_and_comes_back(shipped):
     (thing, *_) = make_scene(HELD_OUT_SEEDS[0], 256).objects
-    x0, y0, x1, y1 = map(int, thing.box)
-    mask = thing.mask[y0:y1, x0:x1]
+    mask = thing.cropped_mask
     codes = shipped.encode_mask(mask)
     assert len(codes) == 16 and all(type(code) is int for code in codes)
     with torch.no_grad():

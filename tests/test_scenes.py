@@ -253,6 +253,8 @@ def test_masks_part_the_picture_and_boxes_are_tight(scenes):
             owned += thing.mask
             alpha = Image.fromarray(thing.mask.astype(np.uint8))
             assert thing.box == alpha.getbbox()
+            cut = np.asarray(alpha.crop(thing.box)).astype(bool)
+            assert np.array_equal(thing.cropped_mask, cut)
         assert np.array_equal(owned, (scene.owner >= 0).astype(int))
         centers = [thing.center for thing in scene.objects]
         assert centers == sorted(centers)

@@ -418,8 +418,7 @@ def scene_masks(
 ) -> Iterator[Bool[np.ndarray, "h w"]]:
     """The visible part of each thing in a scene, cut out along its box."""
     for thing in make_scene(seed, image_size, styles).objects:
-        x0, y0, x1, y1 = map(int, thing.box)
-        yield thing.mask[y0:y1, x0:x1]
+        yield thing.cropped_mask
 
 
 class MaskDataset(Dataset):

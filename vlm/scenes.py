@@ -364,6 +364,12 @@ class SceneObject:
         x0, y0, x1, y1 = self.box
         return ((x0 + x1) / 2, (y0 + y1) / 2)
 
+    @property
+    def cropped_mask(self) -> Bool[np.ndarray, "h w"]:
+        """The mask, cut out along its box."""
+        x0, y0, x1, y1 = map(int, self.box)
+        return self.mask[y0:y1, x0:x1]
+
 
 @dataclass
 class Scene:
@@ -531,8 +537,7 @@ def object_strings(
             continue
         tokens = box_to_locs(thing.box, side, side)
         if encode_mask is not None:
-            x0, y0, x1, y1 = map(int, thing.box)
-            tokens += codes_to_segs(encode_mask(thing.mask[y0:y1, x0:x1]))
+            tokens += codes_to_segs(encode_mask(thing.cropped_mask))
         answers.append(f"{tokens} {thing.kind}")
     return " ; ".join(answers)
 
