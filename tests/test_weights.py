@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 from reference import pair, random_inputs, tiny_config
 from safetensors.torch import load_file, save_file
 
@@ -491,7 +491,8 @@ def test_what_is_no_hub_id(name, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError("no space left"), ValueError("bad id\nlong")]
+    "error",
+    [OSError("no space left"), ValueError("bad id\nlong"), HTTPError("timed out")],
 )
 def test_other_trouble_with_the_hub_is_passed_on(monkeypatch, error):
     def fetch(*args, **kwargs):
@@ -659,6 +660,20 @@ def test_an_index_that_does_not_fit_costs_kilobytes(hub, model, tokenizer, tmp_p
     assert not any(name.endswith(".safetensors") for name in hub.fetched)
 
 
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ([], "fetch the weights too, or choose a repository whose weights are safete"),
+        (["pytorch_model.bin.index.json"], "only .bin files, which are pickles"),
+    ],
+)
+def test_a_repository_without_safetensors(hub, more, message):
+    del hub.files[SINGLE_FILE]
+    hub.files |= dict.fromkeys(more, b"{}")
+    with pytest.raises(FileNotFoundError, match=message):
+        load_hf_model("some/model", "cpu")
+
+
 def test_a_truncated_file_in_the_cache_can_be_mended(hub, model):
     load_hf_model("some/model", "cpu")
     place = find_checkpoint("some/model") / SINGLE_FILE
@@ -734,10 +749,13 @@ def test_one_dtype_though_the_file_has_two(model, tokenizer, tmp_path):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float31", torch.int32, "nn"])
-def test_bad_dtype(checkpoint, dtype):
-    with pytest.raises(ValueError, match="is not a floating-point type of torch"):
-        load_hf_model(checkpoint, "cpu", dtype)
+@pytest.mark.parametrize(
+    "dtype", ["int8", "float31", "bf16", "float8_e4m3fn", torch.int32, "nn"]
+)
+def test_bad_dtype_is_refused_before_anything_is_fetched(dtype, monkeypatch):
+    monkeypatch.setattr(vlm.weights, "snapshot_download", pytest.fail)
+    with pytest.raises(ValueError, match="is not a type that the model computes in"):
+        load_hf_model("some/model", "cpu", dtype)
 
 
 def test_apples_gpus_have_bfloat16_since_macos_14_and_never_float64(monkeypatch):

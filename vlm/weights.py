@@ -18,6 +18,7 @@ from accelerate import init_empty_weights
 from huggingface_hub import constants, save_torch_state_dict, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
+    HTTPError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -181,7 +182,7 @@ def find_checkpoint(
     patterns = {"allow_patterns": list(only), "ignore_patterns": ["*/*"]}
     try:
         return Path(snapshot_download(name, revision=revision, **patterns))
-    except (OSError, ValueError) as error:  # the hub's errors are among them
+    except (OSError, ValueError, HTTPError) as error:
         reason = explain_hub_error(name, revision, error)
         raise FileNotFoundError(f"no folder {model_path}, and {reason}") from error
 
@@ -202,12 +203,15 @@ def _what_instead(folder: Path) -> str:
     "What lies in a folder without the file of weights, and what to do about it."
     if list(folder.glob("model-*-of-*.safetensors")):
         return f", only shards without their index: fetch {INDEX_FILE} too"
-    if list(folder.glob("*.bin")):
+    if list(folder.glob("*.bin*")):
         return (
             ", only .bin files, which are pickles and could run code: load them with "
             "transformers, and save_pretrained writes safetensors"
         )
-    return f" and no {INDEX_FILE}: fetch the weights too"
+    return (
+        f" and no {INDEX_FILE}: fetch the weights too, or choose a repository whose "
+        "weights are safetensors"
+    )
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -368,7 +372,7 @@ def choose_dtype(
     That is float16 for bfloat16 on a GPU without it, but float32 for the decoder
     "gemma2", whose numbers outgrow float16; and float32 for float64 on MPS. "16-bit"
     is "auto" for files in bfloat16, whatever the files.
-    Raises ValueError for a name that isn't one of torch's floating-point types.
+    Raises ValueError for a type that weights can't be computed in.
     """
     if dtype == "16-bit":
         dtype, stored = "auto", torch.bfloat16
@@ -379,10 +383,10 @@ def choose_dtype(
             return torch.float32
         return stored
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(chosen, torch.dtype) or not chosen.is_floating_point:
+    if chosen not in FLOAT_TYPES.values():
         raise ValueError(
-            f"dtype={dtype!r} is not a floating-point type of torch: "
-            "use 'auto', '16-bit', 'float32', 'bfloat16' or 'float16'"
+            f"dtype={dtype!r} is not a type that the model computes in: "
+            "use 'auto', '16-bit', 'float32', 'bfloat16', 'float16' or 'float64'"
         )
     return chosen
 
@@ -532,6 +536,7 @@ def load_hf_model(
     Raises FileNotFoundError and ValueError that name the file and the tensor.
     """
     device = choose_device(device)
+    choose_dtype(dtype, torch.float32, device)  # a wrong name: before anything is read
     folder = find_checkpoint(model_path, revision, SMALL_FILES)
     config, tokenizer = read_config(folder), load_tokenizer(folder)
     model = empty_model(config)
@@ -646,18 +651,19 @@ def describe_model(
 def load_chosen_model() -> tuple[PaliGemmaForConditionalGeneration, Any, str]:
     """(model, tokenizer, `describe_model`'s sentence) for the variable VLM_MODEL.
 
-    VLM_MODEL is a folder or a hub id, which may end in `@revision`; on a GPU the
-    weights come in `choose_dtype`'s "16-bit". Unset, or where that model
-    can't be had, which a printed line explains: the embedded model.
+    VLM_MODEL is a folder or a hub id, which may end in `@revision`; on an NVIDIA GPU
+    the weights come in `choose_dtype`'s "16-bit". Unset, or where that model can't be
+    had, which a printed line explains: the embedded model.
     """
     chosen = os.environ.get("VLM_MODEL", "").strip() or None
     device = choose_device()
     if chosen is not None:
         if _hub_id(chosen):
             print(
-                f"VLM_MODEL={chosen}: a checkpoint of 3 billion weights takes 6 to 12 "
-                "GB of disk, and 6 GB of memory in bfloat16. Google's ask you to "
-                "accept a license on their page and to log in with `hf auth login`."
+                f"VLM_MODEL={chosen}: a checkpoint of 3 billion weights takes 6 GB of "
+                "disk and memory in 16-bit numbers, and 12 GB in float32. Google's ask "
+                "you to accept a license on their page and to log in with "
+                "`hf auth login`."
             )
         try:
             dtype = "16-bit" if device.type == "cuda" else "auto"
