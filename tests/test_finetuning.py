@@ -18,6 +18,7 @@ from torch import nn
 
 from vlm.finetuning import (
     AnswerLoss,
+    Base,
     FineTuningConfig,
     Row,
     base_license,
@@ -374,6 +375,8 @@ def test_the_command_from_folder_to_checkpoint(checkpoints, folder, capsys):
 def test_the_loss_after_is_that_of_the_saved_weights(checkpoints, folder):
     config = FineTuningConfig(learning_rate=3e-3, epochs=1, only_cpu=True)
     log = finetune("mine", "new", config, checkpoints / "bfloat16")
+    card = Path("new/README.md").read_text()
+    assert "| dtype | bfloat16 |" in card and "bfloat16, fine-tuned with" in card
     _, held = hold_out(read_rows("mine"), config.held_out, config.seed)
     for path, entry in ((checkpoints / "bfloat16", log[0]), ("new", log[-1])):
         model, tokenizer = load_hf_model(path, "cpu")
@@ -440,10 +443,10 @@ def test_a_run_out_of_memory_is_advised_and_not_in_the_way(
     assert run(model, "--micro_batch_size", "1") == 0
 
 
-def test_what_is_trained_is_checked_before_anything_is_measured(
+def test_what_is_trained_is_checked_before_weights_are_loaded(
     checkpoints, folder, capsys, monkeypatch
 ):
-    monkeypatch.setattr("vlm.finetuning.FineTuning.measure", lambda run: 1 / 0)
+    monkeypatch.setattr("vlm.finetuning.load_for_training", lambda *given: 1 / 0)
     assert run(checkpoints / "float32", "--train", "nothing.of.the.kind") == 2
     assert "nothing.of.the.kind" in capsys.readouterr().err
     words = ("--lora_rank", "2", "--train", "*norm*")
@@ -464,11 +467,14 @@ def test_the_license_of_a_model_on_the_hub_is_in_its_card(tmp_path, monkeypatch)
         asked.append(only)
         if path == "no/network":
             raise FileNotFoundError(path)
-        return tmp_path
+        return tmp_path / "latin" if path == "not/utf-8" else tmp_path
 
     monkeypatch.setattr("vlm.finetuning.find_checkpoint", find)
     assert base_license("some/model") == "gemma" and asked == [["README.md"]]
     assert base_license("no/network") is None
+    (tmp_path / "latin").mkdir()
+    (tmp_path / "latin" / "README.md").write_bytes(b"license: caf\xe9")
+    assert base_license("not/utf-8") is None
 
 
 def test_float16_is_not_trained_on_the_cpu(checkpoints, folder, capsys):
@@ -502,13 +508,14 @@ def test_paligemma_2_is_fine_tuned_too(tokenizer, folder, capsys):
 def test_the_card_of_googles_children_carries_gemmas_terms(tmp_path, monkeypatch):
     assert base_license("google/paligemma-3b-pt-224") == "gemma"
     assert base_license(None) == "apache-2.0"
-    model = "google/paligemma-3b-pt-224@bfloat16"
-    monkeypatch.setattr("vlm.finetuning.find_checkpoint", lambda path, **kw: tmp_path)
+    monkeypatch.setattr("vlm.finetuning.find_checkpoint", pytest.fail)
+    base = Base.of("google/paligemma-3b-pt-224@bfloat16")
     data = dict.fromkeys(
         ("file sha256 rows pictures held_out_rows held_out_pictures tasks").split(), 1
     )
-    card = model_card("mine", model, data, {"epochs": 3}, 2.0, 0.5)
+    card = model_card("mine", base, data, {"epochs": 3}, 2.0, 0.5)
     assert "license: gemma\nbase_model: google/paligemma-3b-pt-224\n---" in card
+    assert "google/paligemma-3b-pt-224@bfloat16, fine-tuned with" in card
     assert "Gemma Terms of Use" in license_note("gemma")
     work = tmp_path / "work"
     work.mkdir()

@@ -444,7 +444,7 @@ def test_no_memory_is_a_line_and_a_fault_of_ours_a_traceback(capsys, monkeypatch
         monkeypatch.setattr(vlm.weights, "load_hf_model", load)
 
     fails("CUDA out of memory. Tried to allocate 3 GiB")
-    check_mistake(ask("x"), "try --only_cpu True", capsys)
+    check_mistake(ask("x"), "try --dtype 16-bit, or --only_cpu True", capsys)
     fails("shapes disagree")
     with pytest.raises(RuntimeError, match="shapes disagree"):
         main(ask("x"))

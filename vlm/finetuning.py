@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, PartialState
@@ -40,9 +40,12 @@ from .training import (
     make_optimizer,
 )
 from .weights import (
+    SMALL_FILES,
+    empty_model,
     find_checkpoint,
     load_hf_model,
     make_processor,
+    read_config,
     save_hf_model,
 )
 
@@ -79,10 +82,12 @@ __all__ = [
     "load_state",
     "base_license",
     "license_note",
+    "Base",
     "model_card",
     "describe_run",
     "fixed_settings",
     "unfinished",
+    "check_names",
     "load_for_training",
     "epoch_ends",
     "row_order",
@@ -489,14 +494,15 @@ def save_state(
 ) -> None:
     """Write what is trained, its moments, the step and the run's settings: one file.
 
-    It takes its place when it is complete; until then the former one is there.
+    It takes its place when it is complete; until then the former one is there. What is
+    on a GPU is copied to the CPU's memory for it.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            tensors[f"weight.{name}"] = parameter.detach().clone()
+            tensors[f"weight.{name}"] = parameter.detach().cpu()
             for key, value in optimizer.state[parameter].items():
-                tensors[f"{key}.{name}"] = torch.as_tensor(value).clone()
+                tensors[f"{key}.{name}"] = torch.as_tensor(value).cpu()
     about = {"step": str(step), "run": json.dumps(run)}
     save_file(tensors, folder / "state.new", metadata=about)
     os.replace(folder / "state.new", folder / STATE_FILE)
@@ -549,7 +555,7 @@ def base_license(model_path: str | os.PathLike | None) -> str | None:
     try:
         card = find_checkpoint(model_path, only=["README.md"]) / "README.md"
         text = card.read_text("utf-8")
-    except OSError:  # no card, or no network to ask for it
+    except (OSError, ValueError):  # no card, none in UTF-8, no network to ask for it
         return None
     named = re.search(r"^license: *(\S+)", text, re.MULTILINE)
     return named[1] if named else None
@@ -570,6 +576,24 @@ def license_note(license: str | None) -> str:
         "The base model's folder names no license. Find out which it has before you "
         "share these weights: it carries over."
     )
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a run starts from, as its card names it."""
+
+    name: str
+    hub_id: str | None = None
+    license: str | None = None
+
+    @classmethod
+    def of(cls, model_path: str | os.PathLike | None) -> Self:
+        """Of a folder the name alone, not the path; of a hub id the revision too."""
+        license = base_license(model_path)
+        if model_path is None or Path(model_path).expanduser().exists():
+            return cls(find_checkpoint(model_path).absolute().name, license=license)
+        hub_id, _, _ = str(model_path).partition("@")
+        return cls(str(model_path), hub_id, license)
 
 
 CARD = """---
@@ -610,7 +634,7 @@ are, and not what the base model could do that this one has forgotten.
 
 def model_card(
     name: str,
-    model_path: str | os.PathLike | None,
+    base: Base,
     data: dict[str, Any],
     recipe: dict[str, Any],
     before: float,
@@ -618,24 +642,22 @@ def model_card(
 ) -> str:
     """README.md of a fine-tuned model: data, held-out loss, recipe, license.
 
-    `data`, `recipe`: from `describe_run`. Of a folder the card has the name alone, not
-    the path.
+    `data`, `recipe`: from `describe_run`.
     """
-    license = base_license(model_path)
     head = ["library_name: transformers", "pipeline_tag: image-text-to-text"]
-    head += ["tags: [paligemma]", *([f"license: {license}"] if license else [])]
-    base = find_checkpoint(model_path).name
-    if model_path is not None and not Path(model_path).expanduser().exists():
-        base = str(model_path).partition("@")[0]  # an id on the hub
-        head.append(f"base_model: {base}")
+    head.append("tags: [paligemma]")
+    if base.license:
+        head.append(f"license: {base.license}")
+    if base.hub_id:
+        head.append(f"base_model: {base.hub_id}")
     return CARD.format(
         head="\n".join(head),
         name=name,
-        base=base,
+        base=base.name,
         recipe="\n".join(f"| {key} | {value} |" for key, value in recipe.items()),
         before=before,
         after=after,
-        license_note=license_note(license),
+        license_note=license_note(base.license),
         **data,
     )
 
@@ -646,8 +668,12 @@ def describe_run(
     training: Sequence[Row],
     held: Sequence[Row],
     config: FineTuningConfig,
+    dtype: torch.dtype,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(data, recipe) for the model card; what `model` trains must have been chosen."""
+    """(data, recipe) for the model card; what `model` trains must have been chosen.
+
+    `dtype` is that of the frozen weights and of the result: what is trained is float32.
+    """
     rows = [*training, *held]
     tasks = Counter(row.prefix.split()[0] for row in rows).most_common(5)
     data = {
@@ -666,7 +692,7 @@ def describe_run(
         "trained parameters": f"{trained:,}",
         "steps": schedule.steps,
         "learning_rate": schedule.learning_rate,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
     }
     for name in ("save_every", "num_workers", "only_cpu"):  # nothing depends on them
         del recipe[name]
@@ -702,12 +728,23 @@ def unfinished(output: Path, resume: bool) -> Path:
     return work
 
 
+def check_names(model_path: str | os.PathLike | None, config: FineTuningConfig) -> None:
+    """Raise a ValueError for patterns that fit no weights; weights aren't read."""
+    folder = find_checkpoint(model_path, only=SMALL_FILES)
+    model = empty_model(read_config(folder))
+    model.tie_weights()
+    names = choose_parameters(model, config.train)
+    if config.lora_rank:
+        linear_maps(model, names)
+
+
 def load_for_training(
     model_path: str | os.PathLike | None, config: FineTuningConfig
 ) -> tuple[Accelerator, PaliGemmaForConditionalGeneration, PaliGemmaProcessor]:
     """Accelerator, model and processor that fit each other.
 
-    With dtype "auto" weights are as stored; on a GPU `choose_dtype`'s "16-bit".
+    With dtype "auto" weights are as stored; on an NVIDIA GPU `choose_dtype`'s
+    "16-bit".
     """
     device, dtype = PartialState(cpu=config.only_cpu).device, config.dtype
     if dtype == "auto" and device.type == "cuda":
@@ -797,23 +834,22 @@ class FineTuning:
     ):
         self.output = Path(output).expanduser()
         self.work = unfinished(self.output, resume)
-        self.config, self.model_path = config, model_path
+        self.config = config
         labels = find_labels(data)
         rows = read_rows(labels)
         self.rows, self.held = hold_out(rows, config.held_out, config.seed)
+        check_names(model_path, config)
         self.accelerator, self.model, self.processor = load_for_training(
             model_path, config
         )
         positions = self.model.config.text_config.max_position_embeddings
         check_lengths(rows, self.processor, positions)
-        names = choose_parameters(self.model, config.train)
-        if config.lora_rank:
-            linear_maps(self.model, names)
+        self.base = Base.of(model_path)
         before, self.dtype = None if resume else self.measure(), self.model.dtype
         torch.manual_seed(config.seed)  # of what adapters start as
         self.adapters = choose_trained(self.model, config.train, config.lora_rank)
         self.data, self.recipe = describe_run(
-            self.model, labels, self.rows, self.held, config
+            self.model, labels, self.rows, self.held, config, self.dtype
         )
         self.settings = fixed_settings(self.recipe, self.data, model_path)
         self.learner = AnswerLoss(self.model)
@@ -866,7 +902,7 @@ class FineTuning:
         self.log.write(self.schedule.steps, held_out=self.measure())
         if self.accelerator.is_main_process:
             losses = [self.log.entries[place]["held_out"] for place in (0, -1)]
-            about = (self.output.name, self.model_path, self.data, self.recipe)
+            about = (self.output.name, self.base, self.data, self.recipe)
             card = model_card(*about, *losses)
             tokenizer = self.processor.tokenizer
             write_checkpoint(self.model, tokenizer, self.work, self.output, card)
@@ -919,7 +955,8 @@ Examples, each on one line:
   python -m vlm.finetuning --data folder --output mine
       --model_path google/paligemma-3b-pt-224 --lora_rank 8 --micro_batch_size 2
       --gradient_checkpointing
-  python -m vlm.finetuning --data folder --output mine --train "*.self_attn.*"
+  python -m vlm.finetuning --data folder --output mine --learning_rate 3e-4
+      --train "*.self_attn.*"
 """
 HELP = {
     "train": "patterns of parameters to train, in quotes",

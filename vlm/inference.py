@@ -155,7 +155,7 @@ def build_parser() -> OneLineParser:
     add("--top_p", metavar="P", type=float, help="of sampling; default: 0.9")
     add("--top_k", metavar="K", type=int, help="of sampling; default: all")
     add("--seed", metavar="N", type=int, help="draw the same tokens again")
-    add("--dtype", default="auto", help="of the weights: auto, float32, bfloat16 …")
+    add("--dtype", default="auto", help="of the weights: 16-bit, float32 …")
     add("--only_cpu", metavar="BOOL", **switch, help="leave a GPU alone")
     return parser
 
@@ -438,7 +438,10 @@ def run(options: Namespace) -> None:
     note(f"answered by {describe_model(model, options.model_path)}{drawn}")
 
 
-TOO_LARGE = "the model doesn't fit in the device's memory: try --only_cpu True"
+TOO_LARGE = (
+    "the model doesn't fit in the device's memory: try --dtype 16-bit, or "
+    "--only_cpu True"
+)
 
 
 def advice(error: Exception, too_large: str = TOO_LARGE) -> str | None:
