@@ -440,10 +440,18 @@ def test_resumed_run_equals_one_in_one_go(world_tokenizer, processor, tmp_path):
     assert [json.loads(line) for line in lines] == straight
 
 
-def test_run_is_never_overwritten(world_tokenizer, processor, tmp_path):
-    (tmp_path / "last").mkdir()
+@pytest.mark.parametrize("name", ["last", "last.old"])
+def test_run_is_never_overwritten(world_tokenizer, processor, tmp_path, name):
+    (tmp_path / name).mkdir()
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(small_model(world_tokenizer), processor, CONFIG, tmp_path)
+
+
+def test_resume_needs_a_run(world_tokenizer, processor, tmp_path):
+    for folder, error in ((None, ValueError), (tmp_path, FileNotFoundError)):
+        model = small_model(world_tokenizer)
+        with pytest.raises(error, match="resume"):
+            train(model, processor, CONFIG, folder, resume=True)
 
 
 def test_evaluation_goes_into_the_log(world_tokenizer, processor):
@@ -462,9 +470,22 @@ def test_evaluation_goes_into_the_log(world_tokenizer, processor):
 
 def test_log_refuses_what_is_no_number(tmp_path):
     log = TrainingLog(tmp_path)
-    log.add(text=math.nan, kinds=0.0)
-    with pytest.raises(FloatingPointError, match="no longer a number at step 7"):
-        log.write(7)
+    log.add(6, text=1.0, kinds=0.0)
+    for refused in (log.add, log.write):
+        with pytest.raises(FloatingPointError, match="no longer a number at step 7"):
+            refused(7, text=math.nan, kinds=0.0)
+    log.write(6)
+    assert log.entries == [{"step": 6, "text": 1.0, "kinds": 0.0}]
+
+
+def test_a_loss_that_is_no_number_is_never_saved(world_tokenizer, processor, tmp_path):
+    model = small_model(world_tokenizer)
+    config = replace(CONFIG, patch_steps=0, save_every=1, log_every=100)
+    with torch.no_grad():
+        model.multi_modal_projector.linear.weight.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="no longer a number at step 1 "):
+        train(model, processor, config, tmp_path)
+    assert not (tmp_path / "last").exists()
 
 
 SCRIPT = """

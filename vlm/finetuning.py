@@ -883,7 +883,8 @@ class FineTuning:
         for step, parts in zip(bar, loader):
             rate = learning_rate_at(step - 1, self.schedule)
             work = (self.accelerator, learner, optimizer, parts)
-            self.log.add(loss=finetuning_step(*work, rate, config.max_grad_norm))
+            loss = finetuning_step(*work, rate, config.max_grad_norm)
+            self.log.add(step, loss=loss)
             save = config.save_every and step % config.save_every == 0
             save = save or step == stop_after
             if save or step in ends or step % 10 == 0:

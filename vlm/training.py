@@ -63,6 +63,7 @@ from .weights import (
 __all__ = [
     "LOSSES",
     "VALIDATION_SEEDS",
+    "SAVED",
     "Evaluate",
     "TrainingConfig",
     "sincos_positions",
@@ -88,6 +89,7 @@ __all__ = [
     "saved_run",
     "load_teacher",
     "load_training_state",
+    "refuse_what_is_no_number",
     "TrainingLog",
     "validate",
     "training_step",
@@ -265,10 +267,10 @@ def patch_targets(
 ]:
     """What each patch shows: a kind's index (0 background), its thing's box and shape.
 
-    A patch shows the thing that most of its pixels belong to, if that is at least
-    `share` of them. Boxes are (x0, y0, x1, y1) as offsets from the patch's center, in
-    shares of the side. Shapes say which of the patch's pixels, row by row, belong to
-    its thing. Boxes and shapes are zero for background.
+    A patch shows the thing that covers more of it than any other, if that is at least
+    `share` of its pixels. Boxes are (x0, y0, x1, y1) as offsets from the patch's
+    center, in shares of the side. Shapes say which of the patch's pixels, row by row,
+    belong to its thing. Boxes and shapes are zero for background.
     """
     size = scene.image.width
     side = size // patch_size
@@ -276,7 +278,8 @@ def patch_targets(
     boxes = np.zeros((side * side, 4), dtype=np.float32)
     index = np.arange(len(scene.objects))
     shown = scene.owner[..., None] == index  # [S, S, objects]
-    shown = shown.reshape(side, patch_size, side, patch_size, -1).mean(axis=(1, 3))
+    shown = shown.reshape(side, patch_size, side, patch_size, -1)
+    shown = shown.mean(axis=(1, 3))  # [side, side, objects]
     shown = shown.reshape(side * side, -1)  # [N, objects]
     best = shown.argmax(axis=1)
     visible = shown.max(axis=1) >= share
@@ -615,6 +618,7 @@ class Lesson(nn.Module):
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
     """Warm-up, then half a cosine down, once for the eyes and once for everything.
 
+    A warm-up takes `warmup_steps`, or a quarter of the steps where that is less.
     Source: Loshchilov & Hutter 2017.
     """
     if step < config.patch_steps:
@@ -683,9 +687,12 @@ def save_training_state(
     _replace_folder(staged, folder / "last")
 
 
+SAVED = ("last", "last.old")  # .old: the machine stopped between two renames
+
+
 def saved_run(folder: Path) -> Path:
     """Where the last state of a run lies; FileNotFoundError where there is none."""
-    for name in ("last", "last.old"):  # .old: the machine stopped between two renames
+    for name in SAVED:
         if (folder / name / "training_state.json").is_file():
             return folder / name
     raise FileNotFoundError(f"no saved run in {folder}: start one without --resume")
@@ -719,6 +726,15 @@ def load_training_state(
     return json.loads((place / "training_state.json").read_text())["step"]
 
 
+def refuse_what_is_no_number(step: int, values: dict[str, float]) -> None:
+    """Raise a FloatingPointError where a value of that step is NaN or infinite."""
+    if not all(math.isfinite(value) for value in values.values()):
+        raise FloatingPointError(
+            f"a loss is no longer a number at step {step} ({values}): lower the "
+            "learning rate, or train in float32"
+        )
+
+
 class TrainingLog:
     """Losses averaged from line to line, kept in memory and in `log.jsonl`."""
 
@@ -737,21 +753,18 @@ class TrainingLog:
             text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
             self.path.write_text(text, encoding="utf-8")
 
-    def add(self, **losses: float) -> None:
-        """Count one step's losses, the same names every step."""
+    def add(self, step: int, **losses: float) -> None:
+        """Count a step's losses, the same names every step; they must be numbers."""
+        refuse_what_is_no_number(step, losses)
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + loss
         self._steps += 1
 
     def write(self, step: int, **values: float) -> None:
-        """Add a line: the mean losses since the last one, and `values`."""
+        """Add a line: the mean losses since the last one, and `values`, numbers too."""
+        refuse_what_is_no_number(step, values)
         means = {name: total / self._steps for name, total in self._sums.items()}
         entry = {"step": step, **values, **means}
-        if not all(math.isfinite(value) for value in entry.values()):
-            raise FloatingPointError(
-                f"a loss is no longer a number at step {step} ({entry}): lower the "
-                "learning rate, or train in float32"
-            )
         entry = {k: v if k == "step" else float(f"{v:.4g}") for k, v in entry.items()}
         self.entries.append(entry)
         self._sums.clear()
@@ -829,10 +842,11 @@ def train(
     - `init`: the folder that `model` came from; a teacher saved there is taken along.
     - `evaluate`: gets (model, step) every `eval_every` steps and last; it is logged.
     - `resume`: continue the run in `output`. `stop_after`: end early, at this step.
-    - `vqvae`: makes the codes of `segment`'s answers; None leaves `segment` out.
+    - `vqvae`: makes the codes of `segment`'s answers; None asks `detect` instead.
 
-    Raises FileExistsError where `output` holds a run and `resume` is False, and
-    FloatingPointError when a loss is no longer a number.
+    Raises FileExistsError where `output` holds a run and `resume` is False,
+    FileNotFoundError where it holds none to resume, and FloatingPointError when a loss
+    is no longer a number.
     Runs on one process or, under `accelerate launch`, on several with the same loss.
     """
     accelerator = Accelerator(
@@ -842,7 +856,9 @@ def train(
     )
     torch.manual_seed(config.seed)
     folder = Path(output) if output is not None else None
-    if folder and not resume and (folder / "last").exists():
+    if resume and folder is None:
+        raise ValueError("resume needs an output: the folder of the run to go on with")
+    if folder and not resume and any((folder / name).exists() for name in SAVED):
         raise FileExistsError(
             f"{folder} holds a run already: resume it, or choose another folder"
         )
@@ -875,7 +891,7 @@ def train(
     for step, batch in enumerate(loader, start=first + 1):
         losses = training_step(accelerator, learner, optimizer, batch, step - 1, config)
         losses = accelerator.reduce(losses, "mean").tolist()
-        log.add(**dict(zip(LOSSES, losses, strict=True)))
+        log.add(step, **dict(zip(LOSSES, losses, strict=True)))
         bar.update()
         last = step in (config.all_steps, stop_after)
         if step % config.log_every == 0 or last:
