@@ -87,6 +87,7 @@ __all__ = [
     "make_optimizer",
     "save_training_state",
     "saved_run",
+    "check_output",
     "load_teacher",
     "load_training_state",
     "refuse_what_is_no_number",
@@ -698,6 +699,19 @@ def saved_run(folder: Path) -> Path:
     raise FileNotFoundError(f"no saved run in {folder}: start one without --resume")
 
 
+def check_output(folder: Path | None, resume: bool) -> None:
+    """Raise FileExistsError where a saved run would be written over.
+
+    And ValueError where one is to be resumed from nowhere.
+    """
+    if resume and folder is None:
+        raise ValueError("resume needs an output: the folder of the run to go on with")
+    if folder and not resume and any((folder / name).exists() for name in SAVED):
+        raise FileExistsError(
+            f"{folder} holds a run already: resume it, or choose another folder"
+        )
+
+
 def load_teacher(folder: Path, teacher: PatchTeacher) -> None:
     """Read the teacher that `save_training_state` wrote beside a model.
 
@@ -856,12 +870,7 @@ def train(
     )
     torch.manual_seed(config.seed)
     folder = Path(output) if output is not None else None
-    if resume and folder is None:
-        raise ValueError("resume needs an output: the folder of the run to go on with")
-    if folder and not resume and any((folder / name).exists() for name in SAVED):
-        raise FileExistsError(
-            f"{folder} holds a run already: resume it, or choose another folder"
-        )
+    check_output(folder, resume)
     first_seg = processor.tokenizer.convert_tokens_to_ids(seg_token(0))
     lesson = Lesson(model, PatchTeacher(model.config), vqvae, first_seg)
     if init is not None:
