@@ -21,13 +21,13 @@ __all__ = ["repeat_kv", "explicit_attention", "GemmaAttention"]
 
 
 def repeat_kv(
-    states: Float[Tensor, "B K M Dh"], num_groups: int
+    states: Float[Tensor, "B K M Dh"], group_size: int
 ) -> Float[Tensor, "B H M Dh"]:
-    """Write out each key/value head `num_groups` times in a row: H = K · num_groups.
+    """Write out each key/value head `group_size` times in a row: H = K · group_size.
 
-    Query heads 0 … num_groups - 1 then face copies of head 0, the next ones of head 1.
+    Query heads 0 … group_size - 1 then face copies of head 0, the next ones of head 1.
     """
-    return states.repeat_interleave(num_groups, dim=1)
+    return states.repeat_interleave(group_size, dim=1)
 
 
 def explicit_attention(
@@ -43,9 +43,9 @@ def explicit_attention(
     For checks, figures, and models with a `score_mod`: a function that changes scaled
     scores before they are masked. A row of the mask that is False throughout gives NaN.
     """
-    num_groups = query_states.shape[1] // key_states.shape[1]
-    key_states = repeat_kv(key_states, num_groups)  # [B, H, M, Dh]
-    value_states = repeat_kv(value_states, num_groups)  # [B, H, M, Dh]
+    group_size = query_states.shape[1] // key_states.shape[1]
+    key_states = repeat_kv(key_states, group_size)  # [B, H, M, Dh]
+    value_states = repeat_kv(value_states, group_size)  # [B, H, M, Dh]
     scores = query_states @ key_states.transpose(2, 3) * scaling  # [B, H, T, M]
     if score_mod is not None:
         scores = score_mod(scores)  # [B, H, T, M]

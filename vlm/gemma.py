@@ -249,12 +249,13 @@ class GemmaForCausalLM(nn.Module):
 
         - `attention_mask`: [B, M] of 1 and 0, the cached tokens included, for causal
           attention; or bool [B, 1, T, M], which says outright who sees whom.
-        - `position_ids` [B, T]: counted from the mask when absent.
+        - `position_ids` [B, T]: counted from the mask when absent, if that is [B, M].
         - `logits_to_keep`: 0 for logits at every position, n for the last n.
         - `output_attentions` adds `attentions`, one [B, H, T, M] a layer.
 
         Raises ValueError unless exactly one of `input_ids` and `inputs_embeds` is
-        given, for a mask that doesn't fit, and for more tokens than positions.
+        given, for a mask that doesn't fit or lacks positions, and for more tokens than
+        positions, or than a static cache has room for.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
