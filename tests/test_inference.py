@@ -417,7 +417,7 @@ def test_a_prompt_longer_than_the_positions(checkpoint, capsys):
     words = ask(prompt, "--model_path", str(checkpoint))
     check_mistake(words, "shorten the prompt", capsys)
     # The prompt alone would fit, the answer not: known before its first word.
-    words = ask("x", "--model_path", str(checkpoint), "--max_tokens_to_generate", "250")
+    words = ask("x", "--model_path", str(checkpoint), "--max_tokens_to_generate", "260")
     check_mistake(words, "generate fewer tokens", capsys)
 
 

@@ -405,7 +405,7 @@ def test_labels_without_types_are_an_error(model):
 
 def test_image_tokens_without_a_picture_are_an_error(model):
     inputs = random_inputs(model.config)
-    with pytest.raises(ValueError, match="pass pixel_values too"):
+    with pytest.raises(ValueError, match="need pixel_values and an empty cache"):
         model(inputs["input_ids"])
 
 

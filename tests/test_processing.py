@@ -1,6 +1,7 @@
 import hashlib
 import io
 import shutil
+import struct
 import subprocess
 import tarfile
 
@@ -424,6 +425,11 @@ def test_files_that_are_no_pictures(picture, tmp_path):
     (tmp_path / "half.png").write_bytes(whole.getvalue()[:2000])
     with pytest.raises(ValueError, match="half.png is not a picture that can be read"):
         load_image(tmp_path / "half.png")
+    with (
+        Image.open(tmp_path / "half.png") as opened,
+        pytest.raises(ValueError, match="the picture can't be read: "),
+    ):
+        load_image(opened)
 
 
 @pytest.mark.parametrize(
@@ -460,3 +466,29 @@ def test_a_damaged_orientation_is_no_reason_to_refuse_the_picture(tmp_path):
     start = data.index(b"Exif\0\0") + 6
     path.write_bytes(data[:start] + b"XX" + data[start + 2 :])
     assert load_image(path).size == (20, 10)
+
+
+def test_a_note_that_cannot_be_written_anew_turns_the_picture_all_the_same(
+    tmp_path, monkeypatch
+):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "odd.jpg", exif=exif)
+
+    def fails(*args):
+        raise struct.error("required argument is not an integer")
+
+    monkeypatch.setattr(Image.Exif, "tobytes", fails)
+    assert load_image(tmp_path / "odd.jpg").size == (10, 20)
+
+
+def test_a_picture_that_was_given_stays_as_it_was():
+    picture = Image.new("RGB", (20, 10), "red")
+    picture.getexif()[0x0112] = 6
+    assert load_image(picture).size == (10, 20)
+    assert picture.size == (20, 10) and picture.getexif()[0x0112] == 6
+
+
+def test_tensors_of_bfloat16_are_pictures_too():
+    half = torch.full((4, 5), 0.5)
+    assert load_image(half.bfloat16()).tobytes() == load_image(half).tobytes()

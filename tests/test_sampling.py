@@ -138,9 +138,9 @@ def test_greedy_and_temperature_zero():
         sample_next_token(logits),
         sample_next_token(logits, temperature=3.0, top_k=2),
         sample_next_token(logits, do_sample=True, temperature=0),
-        sample_next_token(logits, do_sample=True, temperature=1e-37),
+        sample_next_token(logits, do_sample=True, temperature=1e-46),
         sample_next_token(logits, do_sample=True, top_k=1),
-        sample_next_token(logits, do_sample=True, top_p=1e-6),
+        sample_next_token(logits, do_sample=True, top_p=1e-46),
     ):
         assert torch.equal(choice[0], logits.argmax(-1))
     chances = sample_next_token(logits)[1]
@@ -175,6 +175,14 @@ def test_bad_settings(model, values, message):
         GenerationSettings(**values)
     with pytest.raises(ValueError, match=message):
         generate(model, Letters(), prompts(model), **values)
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "top_k", "seed"])
+def test_settings_that_count_are_whole_numbers(name):
+    settings = GenerationSettings()
+    object.__setattr__(settings, name, 2.5)  # around the tests' own type checks
+    with pytest.raises(ValueError, match=f"{name}=2.5 must be a whole number"):
+        settings.__post_init__()
 
 
 def test_settings_at_the_edge_of_their_range():
@@ -368,7 +376,7 @@ def test_stream_complains_at_once(model):
 @pytest.mark.parametrize("extra", ["labels", "token_type_ids"])
 def test_inputs_to_train_on_are_refused(model, extra):
     inputs = prompts(model) | {extra: torch.zeros(3, 9, dtype=torch.long)}
-    with pytest.raises(ValueError, match="made with a suffix, to train on"):
+    with pytest.raises(ValueError, match="hold no labels and no token_type_ids"):
         generate(model, Letters(), inputs)
 
 
@@ -382,16 +390,16 @@ def test_inputs_without_a_mask_are_refused(model):
 def test_as_many_tokens_as_positions_and_not_one_more(model):
     inputs = prompts(model)
     room = 256 - inputs["input_ids"].shape[1]
-    message = rf"9 tokens .* and {room + 1} new ones need 257 positions, .* has 256"
+    message = rf"9 tokens .* and {room + 2} new ones need 257 positions, .* has 256"
     with pytest.raises(ValueError, match=message):
-        generate(model, Letters(), inputs, max_new_tokens=room + 1)
+        generate(model, Letters(), inputs, max_new_tokens=room + 2)
     small = copy.copy(model.config.text_config)
     small.max_position_embeddings = 15
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model.config, "text_config", small)
         patch.setattr(model.language_model, "config", small)
-        rows = generate_tokens(model, Letters(), inputs, max_new_tokens=6)
-    assert [len(row.token_ids) for row in rows] == [6, 6, 6]
+        rows = generate_tokens(model, Letters(), inputs, max_new_tokens=7)
+    assert [len(row.token_ids) for row in rows] == [7, 7, 7]
 
 
 def test_bfloat16(model):
@@ -420,6 +428,14 @@ def test_numbers_that_outgrow_float16_are_no_blanks(model):
     inputs["pixel_values"] = inputs["pixel_values"].half()
     with pytest.raises(FloatingPointError, match=message):
         generate(wild.half(), Letters(), inputs, max_new_tokens=2)
+
+
+def test_other_numbers_that_are_none_are_not_blamed_on_float16(model):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.multi_modal_projector.linear.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="in torch.float32: look for NaN"):
+        generate(broken, Letters(), prompts(model), max_new_tokens=2)
 
 
 def test_a_character_comes_with_its_last_byte(tokenizer):

@@ -972,6 +972,6 @@ def test_a_chosen_model_that_cant_be_had_is_explained_and_replaced(
     assert f"VLM_MODEL={name} can't be used" in said
     assert "goes on with the embedded model" in said and EMBEDDED.name in about
     # What a hub id needs is said before anything is fetched.
-    assert ("6 GB of memory" in said.partition("can't be used")[0]) == (
+    assert ("3 billion weights" in said.partition("can't be used")[0]) == (
         name == "someone/something@main"
     )

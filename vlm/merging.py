@@ -24,7 +24,7 @@ def merge_image_features(
         raise ValueError(
             f"{pictures} pictures of {num_features} features each for {len(counts)} "
             f"rows with {counts.tolist()} image tokens: make the inputs with a "
-            "processor whose num_image_tokens is the model's"
+            "processor whose num_image_tokens and <image> id are the model's"
         )
     # Features are taken in order, row by row: the same order in which seats are found.
     return inputs_embeds.masked_scatter(

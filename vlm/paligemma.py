@@ -25,6 +25,7 @@ def next_token_loss(
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of each next token, in float32; labels of -100 don't count.
 
+    It is nan where no label counts.
     Raises ValueError for a single position: it has no next token.
     """
     if labels.shape[1] < 2:
@@ -117,7 +118,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             features = share_pictures(features, len(input_ids))  # [B, N, D]
             return merge_image_features(inputs_embeds, features, image_mask)
         if image_mask.any():
-            raise ValueError("input_ids hold image tokens: pass pixel_values too")
+            raise ValueError("image tokens need pixel_values and an empty cache")
         return inputs_embeds
 
     def forward(

@@ -5,7 +5,9 @@ Built in notebooks/10_processing.ipynb: edit it there, then run `make export`.
 
 import os
 import re
+import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -152,6 +154,19 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
 
 
+def _turn_upright(image: Image.Image) -> Image.Image:
+    "A copy, turned as its note about orientation says, if that can be read."
+    try:
+        return ImageOps.exif_transpose(image)
+    except SyntaxError:  # the note is damaged; the pixels aren't
+        return image.copy()
+    except struct.error:  # it can be read, but not written anew, once all is turned
+        image = image.copy()
+        with suppress(struct.error):
+            ImageOps.exif_transpose(image, in_place=True)
+        return image
+
+
 def load_image(image: ImageLike) -> Image.Image:
     """Any picture → PIL image in RGB, upright.
 
@@ -173,21 +188,24 @@ def load_image(image: ImageLike) -> Image.Image:
                 f"{path} is not a picture that can be read: {error}"
             ) from None
     elif isinstance(image, Tensor):
-        image = array_to_image(image.detach().cpu().numpy())
+        image = image.detach().cpu()
+        image = image.float() if image.dtype == torch.bfloat16 else image
+        image = array_to_image(image.numpy())
     elif isinstance(image, np.ndarray):
         image = array_to_image(image)
-    elif not isinstance(image, Image.Image):
+    elif isinstance(image, Image.Image):
+        try:
+            image.load()  # reads all of it
+        except OSError as error:
+            raise ValueError(f"the picture can't be read: {error}") from None
+    else:
         raise ValueError(
             "an image must be a PIL image, a path or an array, "
             f"not {type(image).__name__}"
         )
     if 0 in image.size:
         raise ValueError(f"the picture has no pixels: its size is {image.size}")
-    try:
-        image = ImageOps.exif_transpose(image)
-    except SyntaxError:
-        pass  # the note about orientation is damaged; the pixels aren't
-    image = to_eight_bits(image)
+    image = to_eight_bits(_turn_upright(image))
     if image.has_transparency_data:
         image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
@@ -241,7 +259,8 @@ class PaliGemmaProcessor:
     """Prompts and pictures → the tensors that the model takes.
 
     A row is `<image>` N times, `<bos>`, the prompt, a newline; with a suffix, then the
-    suffix and `<eos>`. Same ids and pixels as transformers' processor of this name.
+    suffix and `<eos>`. Same ids as transformers' processor of this name, and the same
+    pixels for upright, opaque, 8-bit pictures.
     """
 
     def __init__(self, tokenizer: Any, num_image_tokens: int, image_size: int):

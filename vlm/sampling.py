@@ -5,6 +5,7 @@ Built in notebooks/13_sampling.ipynb: edit it there, then run `make export`.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ __all__ = [
     "prefill",
     "decode_one_token",
     "make_cache",
+    "no_numbers",
     "token_steps",
     "TextDecoder",
     "Generation",
@@ -43,7 +45,7 @@ def apply_temperature(
 
     The largest logit becomes 0 first, so that a tiny temperature can't overflow.
     """
-    return (logits - logits.amax(dim=-1, keepdim=True)) / temperature
+    return (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-37)
 
 
 def keep_top_k(logits: Float[Tensor, "B V"], top_k: int) -> Float[Tensor, "B V"]:
@@ -64,6 +66,7 @@ def keep_top_p(logits: Float[Tensor, "B V"], top_p: float) -> Float[Tensor, "B V
     probabilities = sorted_logits.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # mass ahead of each token
     drop = before >= top_p
+    drop[:, 0] = False  # nothing is ahead of the first, however small p is
     drop = torch.zeros_like(drop).scatter(1, order, drop)  # back in vocabulary order
     return logits.masked_fill(drop, float("-inf"))
 
@@ -109,8 +112,8 @@ class GenerationSettings:
     - `do_sample`: draw; otherwise the likeliest token is taken (greedy).
     - `temperature` ≥ 0 (0 is greedy), `top_k` ≥ 1, `top_p` in (0, 1]: shape the
       distribution that is drawn from, in this order.
-    - `stop`: a string or several (the text ends with the first that appears), or a
-      function of the row's token ids so far. EOS always stops.
+    - `stop`: a string or several (a row ends with the token that completes one; the
+      token stays whole), or a function of the row's token ids so far. EOS always stops.
     - `seed`: the same draws every time.
     - `cache`: "dynamic" grows, "static" is allocated once.
 
@@ -127,6 +130,10 @@ class GenerationSettings:
     cache: str = "dynamic"
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Integral):
+                raise ValueError(f"{name}={value!r} must be a whole number")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
@@ -200,6 +207,17 @@ def make_cache(
     return StaticKVCache(config, batch_size, length, model.device, model.dtype)
 
 
+def no_numbers(dtype: torch.dtype) -> str:
+    """What to say, and to advise, where logits are NaN or infinite."""
+    what = f"the model's logits are no longer numbers in {dtype}"
+    if dtype == torch.float16:
+        return (
+            f"{what}. Some models outgrow float16: load it with dtype='float32' or "
+            "'bfloat16'"
+        )
+    return f"{what}: look for NaN in the weights and in pixel_values"
+
+
 @torch.no_grad()
 def token_steps(
     model: PaliGemmaForConditionalGeneration,
@@ -224,10 +242,7 @@ def token_steps(
     logits = prefill(model, inputs, kv_cache)  # [B, V]
     for step in range(settings.max_new_tokens):
         if not logits.amax(dim=-1).isfinite().all():  # some may be forbidden: -inf
-            raise FloatingPointError(
-                f"the model's logits are no longer numbers in {model.dtype}. Some "
-                "models outgrow float16: load it with dtype='float32' or 'bfloat16'"
-            )
+            raise FloatingPointError(no_numbers(model.dtype))
         # An answer holds no picture. (An id outside the table: an empty slice.)
         logits[:, image_id : image_id + 1] = float("-inf")
         token_ids, probabilities = sample_next_token(
@@ -267,7 +282,7 @@ class TextDecoder:
         return self._advance()
 
     def finish(self) -> str:
-        """What is still held back: an unfinished character becomes `\ufffd`."""
+        """What is still held back: each byte of a cut character is a `\ufffd`."""
         return self._advance(final=True)
 
     def _advance(self, final: bool = False) -> str:
@@ -309,11 +324,11 @@ def check_inputs(
         raise ValueError(f"inputs lack {' and '.join(missing)}: use the processor's")
     if "labels" in inputs or "token_type_ids" in inputs:
         raise ValueError(
-            "these inputs were made with a suffix, to train on: "
-            "call the processor without one to generate"
+            "inputs to generate from hold no labels and no token_type_ids: call our "
+            "processor without a suffix (transformers' adds both: leave them out)"
         )
     length = inputs["input_ids"].shape[1]
-    needed = length + settings.max_new_tokens
+    needed = length + settings.max_new_tokens - 1  # the last one isn't fed back
     positions = model.config.text_config.max_position_embeddings
     if needed > positions:
         raise ValueError(
