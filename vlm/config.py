@@ -144,8 +144,10 @@ class GemmaConfig:
         )
         # transformers 5 keeps the base of RoPE one level down.
         rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        _require_one_of("rope_type", rope.get("rope_type"), ("default",))
-        return cls(**_known_fields(cls, rope | values))
+        kind = rope.get("rope_type") or rope.get("type")
+        _require_one_of("rope_type", kind, ("default",))
+        theta = values.get("rope_theta") or rope.get("rope_theta")
+        return cls(**_known_fields(cls, values | {"rope_theta": theta}))
 
 
 @dataclass
@@ -188,8 +190,8 @@ class Gemma2Config(GemmaConfig):
         kinds = ("sliding_attention", "full_attention")
         if self.layer_types is None:
             self.layer_types = [kinds[i % 2] for i in range(self.num_hidden_layers)]
-        for kind in self.layer_types:
-            _require_one_of("layer type", kind, kinds)
+        for kind in self.layer_types:  # None too is another one
+            _require_one_of("layer type", str(kind), kinds)
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"{len(self.layer_types)} layer_types for num_hidden_layers="
@@ -241,9 +243,10 @@ class PaliGemmaConfig:
         Raises ValueError for another kind of model.
         """
         _require_one_of("model_type", values.get("model_type"), ("paligemma",))
-        # transformers 5 calls the same number image_token_id.
-        renamed = {"image_token_index": values.get("image_token_id")}
-        return cls(**_known_fields(cls, renamed | values))
+        index = values.get("image_token_index")
+        if index is None:  # transformers 5 calls the same number image_token_id
+            index = values.get("image_token_id")
+        return cls(**_known_fields(cls, values | {"image_token_index": index}))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "PaliGemmaConfig":
@@ -254,12 +257,14 @@ class PaliGemmaConfig:
         """
         path = Path(folder) / "config.json"
         if not path.is_file():
-            raise FileNotFoundError(f"no config.json in {Path(folder)}")
+            raise FileNotFoundError(
+                f"no config.json in {Path(folder)}: give the folder that holds it"
+            )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(values, dict) or "model_type" not in values:
+        if not isinstance(values, dict) or values.get("model_type") is None:
             raise ValueError(f"{path} says no model_type: expected 'paligemma'")
         return cls.from_dict(values)
 

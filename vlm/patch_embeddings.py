@@ -40,15 +40,23 @@ class SiglipVisionEmbeddings(nn.Module):
     def forward(self, pixel_values: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
         """Pixels in [-1, 1] → one vector a patch, row by row from the top left.
 
-        Raises ValueError where the pictures' size is not the config's.
+        Raises ValueError where the pictures' shape is not the config's, and for whole
+        numbers: pixels of 0…255 must be scaled first.
         """
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {pixel_values.dtype}, but this model takes floats "
+                "from -1 to 1: use a processor, or (x / 255 - 0.5) / 0.5"
+            )
         side = self.config.image_size
         expected = (self.config.num_channels, side, side)
         if tuple(pixel_values.shape[1:]) != expected:
+            advice = f"use a processor with image_size={side}"
+            if tuple(pixel_values.shape) == expected:
+                advice = "add the batch axis with pixel_values[None]"
             raise ValueError(
                 f"pixel_values have shape {list(pixel_values.shape)}, but this model "
-                f"takes [batch, {', '.join(map(str, expected))}]: "
-                f"use a processor with image_size={side}"
+                f"takes [batch, {', '.join(map(str, expected))}]: {advice}"
             )
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(pixel_values)  # [B, D, S/P, S/P]

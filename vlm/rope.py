@@ -38,8 +38,14 @@ class GemmaRotaryEmbedding(nn.Module):
         """(cos, sin) for `position_ids`; `hidden_states` lends its dtype and device.
 
         The angles themselves are float32 whatever the dtype: in bfloat16, neighboring
-        positions beyond 256 would share an angle.
+        positions beyond 256 would share an angle. Raises ValueError for positions
+        without a batch axis, which would broadcast over heads.
         """
+        if position_ids.ndim != 2:
+            raise ValueError(
+                f"position_ids have shape {list(position_ids.shape)}, expected "
+                "[batch, tokens]: add the batch axis with position_ids[None]"
+            )
         even = torch.arange(0, self.dim, 2, device=hidden_states.device)  # 2i: [Dh/2]
         inv_freq = 1.0 / self.base ** (even.float() / self.dim)  # [Dh/2]
         angles = position_ids[..., None].float() * inv_freq  # [B, T, Dh/2]

@@ -3,6 +3,7 @@
 Built in notebooks/03_siglip.ipynb: edit it there, then run `make export`.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,12 +157,13 @@ class SiglipVisionModel(nn.Module):
     def forward(self, pixel_values: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
         """Pixels in [-1, 1] → one feature vector a patch.
 
-        Raises ValueError where the pictures' size is not the config's.
+        Raises ValueError where the pictures' shape is not the config's.
         """
         return self.vision_model(pixel_values)[0]
 
+    @torch.no_grad()
     def attentions(
         self, pixel_values: Float[Tensor, "B C S S"]
     ) -> list[Float[Tensor, "B H N N"]]:
-        """Each layer's attention weights, computed the explicit way, for figures."""
+        """Each layer's attention weights, the explicit way, without gradients."""
         return self.vision_model(pixel_values, output_attentions=True)[1]
