@@ -14,7 +14,7 @@ from reference import randomize, tiny_config
 import vlm.sampling
 import vlm.weights
 from vlm.detection import Detection, ParsedObjects
-from vlm.inference import build_parser, format_table, main, test_inference
+from vlm.inference import advice, build_parser, format_table, main, test_inference
 from vlm.mask_tokens import DECODER_FILE, MaskDecoder
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
@@ -162,10 +162,7 @@ def test_boxes_are_in_pixels_of_the_upright_picture(checkpoint, says, capsys):
 def test_an_answer_that_was_cut_is_called_so(checkpoint, says, capsys):
     says("two", " owls", ends=False)
     main(ask("caption en", "--model_path", str(checkpoint)))
-    assert (
-        "cut after 2 tokens: max_tokens_to_generate allows more"
-        in capsys.readouterr().err
-    )
+    assert "cut after 2 tokens: a higher limit allows more" in capsys.readouterr().err
 
 
 def test_the_text_is_what_generate_gives(checkpoint, capsys):
@@ -455,3 +452,23 @@ def test_the_process_ends_with_status_2():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr == "error: unknown option --imge: --help lists all options\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("CUDA out of memory. Tried to allocate 3 GiB"),
+    ],
+)
+def test_every_kind_of_full_memory_is_a_line(error):
+    assert advice(error, "full") == "full"
+
+
+def test_spaces_around_a_prompt_do_not_count(checkpoint, capsys):
+    said = []
+    for prompt in ("caption en", "  caption en "):
+        assert main(ask(prompt, "--model_path", str(checkpoint))) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1]

@@ -323,6 +323,14 @@ def test_a_truncated_upload_is_a_line(play, tmp_path):
     assert "noise.jpg can't be read" in text(play.easel.line)
 
 
+def test_the_same_path_can_be_opened_twice(play, tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(play, "open", lambda path, name: opened.append(path))
+    for _ in range(2):
+        play.controls.path.value = "no.png"
+    assert opened == ["no.png", "no.png"]
+
+
 def test_a_path_to_nothing_is_a_line(play, tmp_path):
     for path in ("no.png", str(tmp_path)):
         play.controls.path.value = path

@@ -242,6 +242,19 @@ def test_unknown_assets():
         load_photo("nowhere")
 
 
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(styles="noto"), r"write \('noto',\)"),
+        (dict(vary=2.0), "vary=2.0 must be a share"),
+        (dict(image_size=8), "image_size=8 is too small to draw"),
+    ],
+)
+def test_scenes_that_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_scene(3, **settings)
+
+
 # Drawing
 
 

@@ -33,9 +33,11 @@ __all__ = [
     "ABOUT",
     "TASKS",
     "TOO_LARGE",
+    "OUT_OF_MEMORY",
     "PREVIEW",
     "STYLE",
     "HALF",
+    "PLAYGROUND_FULL",
     "read_switch",
     "OneLineParser",
     "build_parser",
@@ -152,7 +154,7 @@ def build_parser() -> OneLineParser:
     )
     add("--do_sample", metavar="BOOL", **switch, help="draw tokens by chance")
     add("--temperature", metavar="T", type=float, help="of sampling; default: 0.8")
-    add("--top_p", metavar="P", type=float, help="of sampling; default: 0.9")
+    add("--top_p", metavar="P", type=float, help="of sampling; default: 0.9, 1: all")
     add("--top_k", metavar="K", type=int, help="of sampling; default: all")
     add("--seed", metavar="N", type=int, help="draw the same tokens again")
     add("--dtype", default="auto", help="of the weights: 16-bit, float32 …")
@@ -179,8 +181,16 @@ def check_output(output: Path, picture_path: Path) -> None:
             f"no folder {output.parent}: make it, or change --output"
         )
     kind = Image.registered_extensions().get(output.suffix.lower())
-    if output.is_dir() or kind not in Image.SAVE:
-        raise ValueError(f"--output {output} must be a file that ends in .png or .jpg")
+    try:
+        if output.is_dir():
+            raise ValueError("a folder")
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), kind or "none")
+    except (OSError, ValueError, KeyError):  # each format has its own way to refuse
+        raise ValueError(
+            f"--output {output} must be a file that ends in .png or .jpg"
+        ) from None
+    if not os.access(output.parent, os.W_OK):
+        raise ValueError(f"--output {output}: that folder can't be written to")
     if output.exists() and output.samefile(picture_path):
         raise ValueError(f"--output {output} is the picture itself: give another name")
 
@@ -246,6 +256,7 @@ def make_settings(
         )
     except ValueError as error:
         message = str(error).replace("max_new_tokens", "max_tokens_to_generate")
+        message = message.replace(", or None", "")
         raise ValueError(message) from None
 
 
@@ -262,7 +273,7 @@ def answer_steps(
     """
     from .sampling import check_inputs, generation_steps
 
-    inputs = processor(text=[prompt], images=[picture])
+    inputs = processor(text=[prompt.strip()], images=[picture])
     check_inputs(model, inputs, settings)
     for (answer,) in generation_steps(model, processor.tokenizer, inputs, settings):
         yield answer
@@ -306,7 +317,7 @@ def remarks(prompt: str, answer: "Generation", eos_token_id: int) -> list[str]:
     lines = []
     if answer.token_ids[-1] != eos_token_id:
         count = len(answer.token_ids)
-        lines.append(f"cut after {count} tokens: max_tokens_to_generate allows more")
+        lines.append(f"cut after {count} tokens: a higher limit allows more")
     if (task := check_prompt(prompt)) not in TASKS:
         lines.append(
             f"{task!r} begins no prompt that a PaliGemma is trained on: "
@@ -414,6 +425,7 @@ def run(options: Namespace) -> None:
         seed,
     )
     prompt, output = options.prompt, options.output
+    output = None if output is None else Path(output).expanduser()
     picture = check_request(prompt, options.image_file_path, output)
     if not options.do_sample:
         for name in given:
@@ -442,6 +454,7 @@ TOO_LARGE = (
     "the model doesn't fit in the device's memory: try --dtype 16-bit, or "
     "--only_cpu True"
 )
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
 def advice(error: Exception, too_large: str = TOO_LARGE) -> str | None:
@@ -451,7 +464,8 @@ def advice(error: Exception, too_large: str = TOO_LARGE) -> str | None:
     """
     if isinstance(error, (OSError, ValueError, FloatingPointError)):
         return " ".join(str(error).split())
-    if isinstance(error, RuntimeError) and "out of memory" in str(error):
+    full = any(words in str(error) for words in OUT_OF_MEMORY)
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and full:
         return too_large
     return None
 
@@ -536,11 +550,14 @@ def shipped_pictures() -> dict[str, Path]:
 def example_prompts(kinds: Sequence[str] = ()) -> list[str]:
     """A prompt of each sort about these kinds of sticker, and one about an absent kind.
 
-    No kinds: about an owl and an elephant, which are in the book's scene.
+    No kinds: about an owl and an elephant, which are in the book's scene. Raises
+    ValueError for a kind that isn't one of the hundred.
     """
     from .scenes import all_kinds
 
     kinds = kinds or ("owl", "elephant")
+    if unknown := [name for name in kinds if name not in all_kinds()]:
+        raise ValueError(f"unknown kind {unknown[0]!r}: all_kinds() has the hundred")
     first, last = all_kinds()[kinds[0]], all_kinds()[kinds[-1]]
     absent = next(name for name in all_kinds() if name not in kinds)
     return [
@@ -563,7 +580,7 @@ def read_upload(content: bytes, name: str) -> "Image.Image":
     try:
         with Image.open(io.BytesIO(content)) as opened:
             return load_image(opened)
-    except (OSError, Image.DecompressionBombError):
+    except (OSError, ValueError, Image.DecompressionBombError):
         raise ValueError(
             f"{name} can't be read as a picture: it is damaged, too large or of an "
             "unknown format; save it as PNG or JPEG"
@@ -652,6 +669,7 @@ def connect(controls: Controls, playground: "Playground") -> None:
 
     def take_path(path: str) -> None:
         if path:
+            controls.path.value = ""  # so that the same path can be given again
             playground.open(path, Path(path).name)
 
     def take_example(prompt: str) -> None:
@@ -734,6 +752,12 @@ class Easel:
         return dressed(f"<p><em>{line}</em></p>{halves}")
 
 
+PLAYGROUND_FULL = (
+    "the device's memory is full: allow fewer tokens, or restart the kernel and load "
+    "a smaller checkpoint"
+)
+
+
 def guarded(method: Callable) -> Callable:
     """A mistake of the user's becomes a line in the playground, as in `main`."""
 
@@ -742,7 +766,7 @@ def guarded(method: Callable) -> Callable:
         try:
             return method(self, *args, **kwargs)
         except Exception as error:
-            line = advice(error)
+            line = advice(error, PLAYGROUND_FULL)
             if line is None:
                 self.easel.say(f"a fault of the program: {error!r}", mistake=True)
                 raise
@@ -804,8 +828,8 @@ class Playground:
         self.open(scene.image, f"held-out scene {seed}", list(scene.counts))
 
     @guarded
-    def run(self) -> "Generation":
-        """Ask what the controls say, until the end or Stop; returns the answer."""
+    def run(self) -> "Generation | None":
+        """Ask, until the end or Stop; returns the answer, or None after a mistake."""
         prompt, picture = self.controls.prompt.value.strip(), self.easel.picture
         end, settings = self.processor.tokenizer.eos_token_id, self.controls.settings()
         self.answer = self.found = self.drawing = None

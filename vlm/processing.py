@@ -177,7 +177,7 @@ def load_image(image: ImageLike) -> Image.Image:
     Raises FileNotFoundError for a missing file, ValueError for what is no picture.
     """
     if isinstance(image, (str, os.PathLike)):
-        path = Path(image)
+        path = Path(image).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"no image file at {path}")
         try:

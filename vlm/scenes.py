@@ -257,16 +257,20 @@ def plan_scene(
 ) -> ScenePlan:
     """Choose kinds, styles, places, sizes and background; the same for the same seed.
 
-    1…`max_objects` stickers; one in four repeats a kind that is there already. Sizes
-    are drawn evenly on a logarithmic scale. What finds no room in 20 tries is left out.
-    `vary`: share of the stickers that get another look, for training.
+    1…`max_objects` stickers; after the first, one in four repeats a kind that is there
+    already. Sizes are drawn evenly on a logarithmic scale. What finds no room in 20
+    tries is left out. `vary`: share of the stickers with another look, for training.
 
-    Raises ValueError for no styles, no objects, or sizes that aren't shares.
+    Raises ValueError for no styles, no objects, and sizes or `vary` that aren't shares.
     """
+    if isinstance(styles, str):
+        raise ValueError(f"styles must be several names: write ({styles!r},)")
     if not styles or max_objects < 1:
         raise ValueError("a scene needs at least one style and one object")
     if not 0 < sizes[0] <= sizes[1] <= 1:
         raise ValueError(f"sizes must be shares, 0 < least ≤ most ≤ 1, not {sizes}")
+    if not 0 <= vary <= 1:
+        raise ValueError(f"vary={vary} must be a share, 0 to 1")
     rng = random.Random(seed)
     names = list(all_kinds())
     placements: list[Placement] = []
@@ -453,8 +457,10 @@ def draw_scene(plan: ScenePlan, image_size: int = 128) -> Scene:
     """Draw a plan at `image_size` pixels and work out what is visible of each thing.
 
     A pixel belongs to the topmost sticker whose alpha there is over one half; boxes
-    are those of the visible pixels.
+    are those of the visible pixels. Raises ValueError for fewer than 16 pixels a side.
     """
+    if image_size < 16:
+        raise ValueError(f"image_size={image_size} is too small to draw: at least 16")
     image = draw_background(plan.background_seed, image_size)
     owner = np.full((image_size, image_size), -1)  # [S, S]: nobody's yet
     for index, place in enumerate(plan.placements):
