@@ -472,3 +472,18 @@ def test_spaces_around_a_prompt_do_not_count(checkpoint, capsys):
         assert main(ask(prompt, "--model_path", str(checkpoint))) == 0
         said.append(capsys.readouterr().out)
     assert said[0] == said[1]
+
+
+def test_a_tilde_is_the_home_of_picture_and_drawing(
+    checkpoint, capsys, tmp_path, monkeypatch
+):
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
+    Image.new("RGB", (20, 10)).save(tmp_path / "picture.png")
+    words = ["--prompt", "detect owl", "--image_file_path", "~/picture.png"]
+    words += ["--model_path", str(checkpoint), "--output"]
+    for _ in range(2):  # the second time there is a drawing, to be replaced
+        assert main([*words, "~/drawn.png"]) == 0
+        assert size(tmp_path / "drawn.png") == (20, 10)
+    capsys.readouterr()
+    check_mistake([*words, "~/picture.png"], "is the picture itself", capsys)

@@ -323,7 +323,7 @@ def test_a_truncated_upload_is_a_line(play, tmp_path):
     assert "noise.jpg can't be read" in text(play.easel.line)
 
 
-def test_the_same_path_can_be_opened_twice(play, tmp_path, monkeypatch):
+def test_the_same_path_can_be_opened_twice(play, monkeypatch):
     opened = []
     monkeypatch.setattr(play, "open", lambda path, name: opened.append(path))
     for _ in range(2):

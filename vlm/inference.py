@@ -230,7 +230,7 @@ def check_request(
     check_prompt(prompt)
     picture = load_image(image_file_path)
     if output is not None:
-        check_output(Path(output), Path(image_file_path))
+        check_output(Path(output), Path(image_file_path).expanduser())
     return picture
 
 

@@ -26,7 +26,6 @@ __all__ = [
     "prefill",
     "decode_one_token",
     "make_cache",
-    "no_numbers",
     "token_steps",
     "TextDecoder",
     "Generation",
@@ -207,8 +206,8 @@ def make_cache(
     return StaticKVCache(config, batch_size, length, model.device, model.dtype)
 
 
-def no_numbers(dtype: torch.dtype) -> str:
-    """What to say, and to advise, where logits are NaN or infinite."""
+def _no_numbers(dtype: torch.dtype) -> str:
+    "What to say, and to advise, where logits are NaN or infinite."
     what = f"the model's logits are no longer numbers in {dtype}"
     if dtype == torch.float16:
         return (
@@ -242,7 +241,7 @@ def token_steps(
     logits = prefill(model, inputs, kv_cache)  # [B, V]
     for step in range(settings.max_new_tokens):
         if not logits.amax(dim=-1).isfinite().all():  # some may be forbidden: -inf
-            raise FloatingPointError(no_numbers(model.dtype))
+            raise FloatingPointError(_no_numbers(model.dtype))
         # An answer holds no picture. (An id outside the table: an empty slice.)
         logits[:, image_id : image_id + 1] = float("-inf")
         token_ids, probabilities = sample_next_token(
