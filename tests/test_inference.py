@@ -1,6 +1,7 @@
 """The command line: answers to stdout, one line of advice for every mistake."""
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,17 @@ def test_pieces_appear_one_by_one(checkpoint, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="utf-8"))
     assert main(ask("caption en", "--model_path", str(checkpoint))) == 0
     assert seen == [b"two", b"two owls", b"two owls"]
+
+
+def test_a_console_that_lacks_a_character_shows_its_number(
+    checkpoint, says, monkeypatch
+):
+    says("é")
+    screen = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(screen, encoding="ascii"))
+    assert main(ask("caption en", "--model_path", str(checkpoint))) == 0
+    sys.stdout.flush()
+    assert screen.getvalue() == rb"\xe9" + os.linesep.encode()
 
 
 def test_nothing_found_is_said_and_the_picture_saved(checkpoint, says, capsys):

@@ -203,6 +203,9 @@ def test_sliders_and_switches_reach_generation(play, says):
 def test_an_example_becomes_the_prompt_and_a_new_picture_keeps_it(play):
     play.controls.examples.value = "detect owl ; elephant"
     assert play.controls.prompt.value == "detect owl ; elephant"
+    play.controls.prompt.value = "caption en"
+    play.controls.examples.value = "detect owl ; elephant"  # the same, once more
+    assert play.controls.prompt.value == "detect owl ; elephant"
     play.new_scene(HELD_OUT_SEEDS[3])
     assert play.controls.prompt.value == "detect owl ; elephant"
     assert play.controls.examples.value == ""

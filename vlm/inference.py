@@ -475,6 +475,9 @@ def main(argv: list[str] | None = None) -> int:
 
     0; 2 after one line of advice; 130, as shells expect, when it was interrupted.
     """
+    for console in (sys.stdout, sys.stderr):  # it may not know every character
+        if isinstance(console, io.TextIOWrapper):
+            console.reconfigure(errors="backslashreplace")
     try:
         run(parse_options(argv))
     except KeyboardInterrupt:
@@ -673,7 +676,9 @@ def connect(controls: Controls, playground: "Playground") -> None:
             playground.open(path, Path(path).name)
 
     def take_example(prompt: str) -> None:
-        controls.prompt.value = prompt or controls.prompt.value
+        if prompt:
+            controls.prompt.value = prompt
+            controls.examples.value = ""  # so that the same one can be chosen again
 
     def start() -> None:
         if not controls.run.disabled:

@@ -54,6 +54,8 @@ class SiglipVisionEmbeddings(nn.Module):
             advice = f"use a processor with image_size={side}"
             if tuple(pixel_values.shape) == expected:
                 advice = "add the batch axis with pixel_values[None]"
+            elif tuple(pixel_values.shape[1:]) == (*expected[1:], expected[0]):
+                advice = "put the colors first with pixel_values.permute(0, 3, 1, 2)"
             raise ValueError(
                 f"pixel_values have shape {list(pixel_values.shape)}, but this model "
                 f"takes [batch, {', '.join(map(str, expected))}]: {advice}"

@@ -87,7 +87,7 @@ __all__ = [
     "make_optimizer",
     "save_training_state",
     "saved_run",
-    "check_output",
+    "check_run_folder",
     "load_teacher",
     "load_training_state",
     "refuse_what_is_no_number",
@@ -699,7 +699,7 @@ def saved_run(folder: Path) -> Path:
     raise FileNotFoundError(f"no saved run in {folder}: start one without --resume")
 
 
-def check_output(folder: Path | None, resume: bool) -> None:
+def check_run_folder(folder: Path | None, resume: bool) -> None:
     """Raise FileExistsError where a saved run would be written over.
 
     And ValueError where one is to be resumed from nowhere.
@@ -870,7 +870,7 @@ def train(
     )
     torch.manual_seed(config.seed)
     folder = Path(output) if output is not None else None
-    check_output(folder, resume)
+    check_run_folder(folder, resume)
     first_seg = processor.tokenizer.convert_tokens_to_ids(seg_token(0))
     lesson = Lesson(model, PatchTeacher(model.config), vqvae, first_seg)
     if init is not None:
