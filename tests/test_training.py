@@ -10,17 +10,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
-from vlm.mask_tokens import Codebook
+from vlm.mask_tokens import Codebook, MaskDecoder, MaskEncoder, MaskVQVAE
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
 from vlm.scenes import all_kinds, make_scene
 from vlm.training import (
     LOSSES,
     Lesson,
-    PatchTeacher,
     SceneDataset,
+    Teacher,
     TrainingConfig,
     TrainingLog,
     code_likeness,
@@ -32,6 +33,7 @@ from vlm.training import (
     learning_rate_at,
     main,
     make_tokenizer,
+    mask_plans,
     pack_questions,
     packed_mask,
     patch_targets,
@@ -83,7 +85,7 @@ def small_model(tokenizer, seed=0):
 
 def test_patch_targets_against_counting_pixels():
     scene = make_scene(5, image_size=64)
-    kinds, boxes, shapes = patch_targets(scene, patch_size=16)
+    kinds, boxes, shapes, outlines = patch_targets(scene, patch_size=16)
     names = list(all_kinds())
     for place in range(16):
         row, column = divmod(place, 4)
@@ -92,7 +94,7 @@ def test_patch_targets_against_counting_pixels():
         best = int(np.argmax(counts))
         if counts[best] < 0.2 * 256:
             assert kinds[place] == 0 and not boxes[place].any()
-            assert not shapes[place].any()
+            assert not shapes[place].any() and not outlines[place].any()
         else:
             thing = scene.objects[best]
             center = np.array([column + 0.5, row + 0.5] * 2) / 4
@@ -101,16 +103,21 @@ def test_patch_targets_against_counting_pixels():
                 boxes[place] + center, np.array(thing.box) / 64, atol=1e-6
             )
             np.testing.assert_array_equal(shapes[place].reshape(16, 16), patch == best)
+            crop = Image.fromarray(thing.cropped_mask.astype(np.uint8) * 255)
+            large = crop.resize((64, 64), Image.Resampling.BILINEAR)
+            cells = np.asarray(large).reshape(16, 4, 16, 4).mean(axis=(1, 3)) / 255
+            np.testing.assert_allclose(outlines[place], cells.flatten(), atol=1e-6)
 
 
 def test_teacher_loss_is_pytorchs_weighted_mean(world_tokenizer):
     config = small_model(world_tokenizer).config
-    teacher = PatchTeacher(config)
+    teacher = Teacher(config)
     features = torch.randn(2, 16, 32)
     kinds = torch.randint(0, 3, (2, 16))
     boxes = torch.randn(2, 16, 4)
-    shapes = torch.rand(2, 16, 256) < 0.5
-    totals, counts = teacher(features, kinds, boxes, shapes)
+    shapes, outlines = torch.rand(2, 16, 256) < 0.5, torch.rand(2, 16, 256)
+    states, plans = torch.randn(5, config.text_config.hidden_size), torch.rand(5, 256)
+    totals, counts = teacher(features, kinds, boxes, shapes, outlines, states, plans)
     logits = teacher.kind_head(features).flatten(0, 1)
     wanted = torch.nn.functional.cross_entropy(
         logits, kinds.flatten(), teacher.kind_weight
@@ -119,10 +126,14 @@ def test_teacher_loss_is_pytorchs_weighted_mean(world_tokenizer):
     shown = kinds > 0
     distance = (teacher.box_head(features) - boxes).abs().mean(-1)[shown].mean()
     torch.testing.assert_close(totals[1] / counts[1], 5 * distance)
-    wanted = torch.nn.functional.binary_cross_entropy_with_logits(
-        teacher.shape_head(features)[shown], shapes[shown].float()
+    drawings = (
+        (2, 1, teacher.shape_head(features)[shown], shapes[shown].float()),
+        (3, 2, teacher.outline_head(features)[shown], outlines[shown]),
+        (4, 2, teacher.plan_head(states), plans),
     )
-    torch.testing.assert_close(totals[2] / counts[2], wanted)
+    for place, factor, logits, drawing in drawings:
+        wanted = factor * F.binary_cross_entropy_with_logits(logits, drawing)
+        torch.testing.assert_close(totals[place] / counts[place], wanted)
 
 
 def test_neighboring_locs_are_alike_and_far_ones_are_not():
@@ -188,6 +199,7 @@ def test_questions_dont_touch_each_other(world_tokenizer, processor):
                     "patch_kinds": torch.zeros(16, dtype=torch.long),
                     "patch_boxes": torch.zeros(16, 4),
                     "patch_shapes": torch.zeros(16, 256, dtype=torch.bool),
+                    "patch_outlines": torch.zeros(16, 256),
                     "label_weights": torch.zeros(0),  # of no matter here
                 }
             ]
@@ -315,7 +327,7 @@ def test_learning_rate_rises_then_falls_twice():
 
 def test_lesson_returns_the_models_own_loss(world_tokenizer, processor):
     model = small_model(world_tokenizer)
-    lesson = Lesson(model, PatchTeacher(model.config))
+    lesson = Lesson(model, Teacher(model.config))
     plain = replace(CONFIG, patch_steps=0, first_loc_weight=1.0, seg_weight=1.0)
     dataset = SceneDataset(processor, 16, plain)
     batch = collate([dataset[0], dataset[1]])
@@ -331,7 +343,85 @@ def test_lesson_returns_the_models_own_loss(world_tokenizer, processor):
     torch.testing.assert_close(totals[0] / counts[0], loss, atol=1e-5, rtol=0)
     patches = {n: t for n, t in batch.items() if n[:5] in ("pixel", "patch")}
     totals, counts = lesson(patches)
-    assert totals[0] == counts[0] == 0 and (counts[1:] > 0).all()
+    assert totals[0] == counts[0] == 0 and (counts[1:-1] > 0).all()
+    assert totals[-1] == counts[-1] == 0  # no masks were asked for
+    lesson.model.vision_tower(batch["pixel_values"])
+    assert lesson._features is None and lesson._states is None  # nothing piles up
+
+
+def test_masks_begin_where_no_code_stands_before():
+    first, other = list(range(10, 26)), list(range(9, 137, 8))
+    row = [3, *first, 2, *other, 4, 5]
+    targets = torch.tensor([[7] * len(row), row])
+    asked = []
+
+    class Decoder(MaskDecoder):
+        def forward(self, codes):
+            asked.extend(codes.tolist())
+            return torch.linspace(-1, 1, 64).expand(len(codes), 1, 64, 64)
+
+    starts, plans = mask_plans(targets, 9, Decoder())
+    assert starts.nonzero().tolist() == [[1, 1], [1, 18]]
+    assert asked == [[n - 9 for n in first], [n - 9 for n in other]]
+    half = torch.tensor([0.0] * 8 + [1.0] * 8).repeat(16)
+    torch.testing.assert_close(plans, half.expand(2, 256))
+    for none in (mask_plans(targets[:1], 9, Decoder()), mask_plans(targets, 9, None)):
+        assert not none[0].any() and none[1].shape == (0, 256)
+
+
+def test_plans_are_asked_of_the_state_that_writes_the_first_code(
+    world_tokenizer, processor
+):
+    """The loss by hand, from the model's own states and the drawn masks."""
+    torch.manual_seed(0)
+    model = small_model(world_tokenizer)
+    vqvae = MaskVQVAE(MaskEncoder(), MaskDecoder()).eval()
+    first_seg = world_tokenizer.convert_tokens_to_ids(seg_token(0))
+    lesson = Lesson(model, Teacher(model.config), vqvae, first_seg)
+    config = replace(CONFIG, patch_steps=0, questions="segment,segment,caption")
+    dataset = SceneDataset(processor, 16, config, vqvae.encode_mask)
+    batch = collate([dataset[i] for i in range(3)])
+    totals, counts = lesson(batch)
+    heard = []
+    model.language_model.model.register_forward_hook(
+        lambda module, args, outputs: heard.append(outputs[0])
+    )
+    lesson(batch)
+    expected = []
+    for row, ids in enumerate(batch["input_ids"].tolist()):
+        for place in range(1, len(ids)):
+            seg, before = (
+                first_seg <= i < first_seg + 128 for i in (ids[place], ids[place - 1])
+            )
+            if seg and not before:
+                codes = torch.tensor(ids[place : place + 16]) - first_seg
+                drawn = (vqvae.decoder(codes[None])[0, 0] > 0).float()
+                cells = drawn.unflatten(1, (16, 4)).unflatten(0, (16, 4)).mean((1, 3))
+                logits = lesson.teacher.plan_head(heard[0][row, place - 1])
+                expected.append(
+                    2 * F.binary_cross_entropy_with_logits(logits, cells.flatten())
+                )
+    assert len(expected) == counts[-1] > 2
+    torch.testing.assert_close(totals[-1], torch.stack(expected).sum())
+    learned = {id(p) for p in lesson.parameters() if p.requires_grad}
+    assert not learned & {id(p) for p in lesson.mask_decoder.parameters()}
+
+
+def test_silent_pictures_teach_the_eyes_and_come_last(world_tokenizer, processor):
+    config = replace(CONFIG, patch_steps=0, silent_pictures=2, patch_max_objects=1)
+    dataset = SceneDataset(processor, 16, config)
+    items = [dataset[i] for i in range(6)]
+    assert ["input_ids" in item for item in items] == [True, False, False] * 2
+    batch = collate(items)
+    order = [items[i]["pixel_values"] for i in (0, 3, 1, 2, 4, 5)]
+    assert torch.equal(batch["pixel_values"], torch.stack(order))
+    assert len(batch["input_ids"]) == 2
+    model = small_model(world_tokenizer).eval()
+    lesson = Lesson(model, Teacher(model.config))
+    totals, counts = lesson(batch)
+    asked, silent = lesson(collate(items[::3])), lesson(collate(items[1:3] + items[4:]))
+    torch.testing.assert_close(totals, asked[0] + silent[0])
+    torch.testing.assert_close(counts, asked[1] + silent[1])
 
 
 def test_likeness_by_hand():
@@ -369,10 +459,10 @@ def test_label_weights_by_hand(world_tokenizer, processor):
     """The first token of each box, the masks and the rest; prompts count nothing."""
     prefix = torch.tensor(processor.encode_prefix("segment owl ; <loc0001>"))
     box = "".join(loc_token(n) for n in (1, 1023, 0, 5))
-    mask = "".join(seg_token(n) for n in (0, 127))
+    mask = "".join(seg_token(n) for n in (0, 127, 1, 1))
     suffix = torch.tensor(processor.encode_suffix(f"{box}{mask} owl ; {box} owl"))
     types = torch.cat([torch.zeros_like(prefix), torch.ones_like(suffix)])
-    config = replace(CONFIG, first_loc_weight=5.0, seg_weight=0.5)
+    config = replace(CONFIG, first_loc_weight=5.0, seg_weight=0.5, first_seg_weight=6.0)
     ids = torch.cat([prefix, suffix])
     weights = label_weights(ids, types, world_tokenizer, config)
     assert not weights[: len(prefix)].any()
@@ -381,7 +471,8 @@ def test_label_weights_by_hand(world_tokenizer, processor):
     assert len(places) == 8
     expected = torch.ones(len(suffix))
     expected[[places[0], places[4]]] = 5.0
-    expected[4:6] = 0.5
+    expected[4:6] = 3.0
+    expected[6:8] = 0.5
     torch.testing.assert_close(weights[len(prefix) :], expected)
 
 
@@ -407,7 +498,7 @@ def test_a_caption_weighs_what_the_settings_say(processor):
 def test_weights_count_in_the_loss(world_tokenizer, processor):
     """Twice the weight on one token: as if the batch held that token twice."""
     model = small_model(world_tokenizer).eval()
-    lesson = Lesson(model, PatchTeacher(model.config))
+    lesson = Lesson(model, Teacher(model.config))
     dataset = SceneDataset(processor, 16, replace(CONFIG, patch_steps=0))
     batch = collate([dataset[0]])
     (place,) = torch.nonzero(batch["label_weights"][0])[3]

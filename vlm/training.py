@@ -4,6 +4,7 @@ Built in notebooks/17_training.ipynb: edit it there, then run `make export`.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -32,7 +33,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from .config import PaliGemmaConfig
-from .mask_tokens import Codebook, MaskVQVAE
+from .mask_tokens import (
+    CODES_PER_MASK,
+    MASK_SIDE,
+    Codebook,
+    MaskDecoder,
+    MaskVQVAE,
+    crop_to_square,
+)
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import (
     NUM_LOCS,
@@ -62,6 +70,8 @@ from .weights import (
 
 __all__ = [
     "LOSSES",
+    "PATCH_TARGETS",
+    "OUTLINE_SIDE",
     "VALIDATION_SEEDS",
     "SAVED",
     "Evaluate",
@@ -72,8 +82,9 @@ __all__ = [
     "embedded_config",
     "make_tokenizer",
     "new_model",
+    "to_outline",
     "patch_targets",
-    "PatchTeacher",
+    "Teacher",
     "pack_questions",
     "packed_mask",
     "label_weights",
@@ -81,6 +92,7 @@ __all__ = [
     "collate",
     "code_likeness",
     "token_losses",
+    "mask_plans",
     "Lesson",
     "learning_rate_at",
     "loss_weights",
@@ -99,7 +111,9 @@ __all__ = [
     "main",
 ]
 
-LOSSES = ("text", "kinds", "boxes", "shapes")
+LOSSES = ("text", "kinds", "boxes", "shapes", "outlines", "plans")
+PATCH_TARGETS = ("patch_kinds", "patch_boxes", "patch_shapes", "patch_outlines")
+OUTLINE_SIDE = 16  # an outline is a mask in 16 × 16 cells on its box
 
 
 VALIDATION_SEEDS = range(2 * 10**9, 2 * 10**9 + 500)  # neither trained on nor reported
@@ -115,18 +129,21 @@ class TrainingConfig:
 
     First `patch_steps` of the eyes alone on patch labels, then `steps` of everything,
     each with its own warm-up and cosine. A batch is `batch_size` pictures, over all
-    processes together; each brings `questions_per_picture` questions in one row.
+    processes together; each brings `questions_per_picture` questions in one row, but
+    of `1 + silent_pictures` neighbors only the first does.
     """
 
     steps: int = _setting(1000, "steps with questions")
     patch_steps: int = _setting(0, "steps before them in which only the eyes learn")
     batch_size: int = _setting(64, "pictures in a batch, all processes together")
     questions_per_picture: int = _setting(6, "questions packed behind a picture")
+    silent_pictures: int = _setting(0, "beside each with questions, for the eyes alone")
     max_row_tokens: int = _setting(
         256, "questions that would make it longer are left out"
     )
     first_loc_weight: float = _setting(3.0, "of a box's first token in the text loss")
     seg_weight: float = _setting(0.25, "of each token of a mask in the text loss")
+    first_seg_weight: float = _setting(3.0, "times that, of a mask's first two tokens")
     caption_weight: float = _setting(1.0, "of each token of a caption in the text loss")
     learning_rate: float = _setting(1e-3, "peak of the cosine")
     patch_learning_rate: float = _setting(1.5e-3, "peak while only the eyes learn")
@@ -134,9 +151,9 @@ class TrainingConfig:
     final_share: float = _setting(0.02, "share of the peak at which the cosine ends")
     weight_decay: float = _setting(0.05, "on matrices; vectors and norms have none")
     max_grad_norm: float = _setting(1.0, "gradients longer than this are shortened")
-    patch_loss_weight: float = _setting(0.3, "of the patch losses beside the text's")
+    patch_loss_weight: float = _setting(0.3, "of the teacher beside the text loss")
     max_objects: int = _setting(6, "stickers in a picture, at most")
-    patch_max_objects: int = _setting(10, "the same while only the eyes learn")
+    patch_max_objects: int = _setting(10, "the same where only the eyes learn")
     styles: str = _setting(
         ",".join(TRAINING_STYLES), "of the stickers; named twice, drawn twice as often"
     )
@@ -261,17 +278,28 @@ def new_model(
     return model, tokenizer
 
 
+def to_outline(mask: Float[Tensor, "*B 64 64"]) -> Float[Tensor, "*B 256"]:
+    """A mask of 0 and 1 on its box → the covered share of each of 16 × 16 cells."""
+    cut = (OUTLINE_SIDE, MASK_SIDE // OUTLINE_SIDE)  # 16 cells of 4
+    cells = mask.unflatten(-1, cut).unflatten(-3, cut)  # [*B, 16, 4, 16, 4]
+    return cells.mean(dim=(-3, -1)).flatten(-2)
+
+
 def patch_targets(
     scene: Scene, patch_size: int, share: float = 0.2
 ) -> tuple[
-    Int[np.ndarray, "N"], Float[np.ndarray, "N 4"], Bool[np.ndarray, "N patch_pixels"]
+    Int[np.ndarray, "N"],
+    Float[np.ndarray, "N 4"],
+    Bool[np.ndarray, "N patch_pixels"],
+    Float[np.ndarray, "N 256"],
 ]:
-    """What each patch shows: a kind's index (0 background), its thing's box and shape.
+    """What each patch shows: a kind's index (0 background), its box, shape and outline.
 
     A patch shows the thing that covers more of it than any other, if that is at least
     `share` of its pixels. Boxes are (x0, y0, x1, y1) as offsets from the patch's
     center, in shares of the side. Shapes say which of the patch's pixels, row by row,
-    belong to its thing. Boxes and shapes are zero for background.
+    belong to its thing; outlines, as `to_outline`, are of the whole thing on its box.
+    All but kinds are zero for background.
     """
     size = scene.image.width
     side = size // patch_size
@@ -295,24 +323,41 @@ def patch_targets(
     owner = scene.owner.reshape(side, patch_size, side, patch_size).swapaxes(1, 2)
     owner = owner.reshape(side * side, -1)  # [N, patch pixels]
     shapes = (owner == best[:, None]) & visible[:, None]
-    return kinds, boxes, shapes
+    squares = [(crop_to_square(thing.cropped_mask) + 1) / 2 for thing in scene.objects]
+    outlines = to_outline(torch.cat(squares)).numpy()  # [objects, 256]
+    outlines = np.where(visible[:, None], outlines[best], 0)  # [N, 256]
+    return kinds, boxes, shapes, outlines
 
 
-class PatchTeacher(nn.Module):
-    """Linear heads on the eyes: the kind, box and shape of the thing in each patch.
+class Teacher(nn.Module):
+    """Linear heads that ask the eyes, and for masks the decoder, what they know.
 
+    Of each patch: the kind, box, shape and outline of the thing in it. Of the decoder,
+    where the first code of a mask is due: the outline that the sixteen will draw.
     Only a teacher: it is thrown away after training.
     """
 
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
-        width = config.vision_config.hidden_size
+        width, cells = config.vision_config.hidden_size, OUTLINE_SIDE**2
         self.kind_head = nn.Linear(width, len(all_kinds()) + 1)
         self.box_head = nn.Linear(width, 4)
         self.shape_head = nn.Linear(width, config.vision_config.patch_size**2)
+        self.outline_head = nn.Linear(width, cells)
+        self.plan_head = nn.Linear(config.text_config.hidden_size, cells)
         weight = torch.ones(len(all_kinds()) + 1)
         weight[0] = 0.2  # background is everywhere
         self.register_buffer("kind_weight", weight)
+
+    @staticmethod
+    def _surprise(
+        logits: Float[Tensor, "*B pixels"], wanted: Tensor
+    ) -> Float[Tensor, "*B"]:
+        "Mean cross-entropy of the pixels of one drawing, covered or not."
+        losses = F.binary_cross_entropy_with_logits(
+            logits.float(), wanted.float(), reduction="none"
+        )
+        return losses.mean(dim=-1)
 
     def forward(
         self,
@@ -320,26 +365,33 @@ class PatchTeacher(nn.Module):
         kinds: Int[Tensor, "B N"],
         boxes: Float[Tensor, "B N 4"],
         shapes: Bool[Tensor, "B N patch_pixels"],
-    ) -> tuple[Float[Tensor, "3"], Float[Tensor, "3"]]:
-        """Totals and counts of three losses over patches.
+        outlines: Float[Tensor, "B N 256"],
+        states: Float[Tensor, "n Dt"],
+        plans: Float[Tensor, "n 256"],
+    ) -> tuple[Float[Tensor, "5"], Float[Tensor, "5"]]:
+        """Totals and counts of five losses: four over patches, the last over masks.
 
-        Kinds (cross-entropy), boxes (distance), shapes (cross-entropy of pixels).
+        `states` are the decoder's where n masks begin, `plans` what they will show.
+        Kinds (cross-entropy), boxes (distance), shapes, outlines and plans
+        (cross-entropy of pixels).
         """
-        kinds = kinds.flatten()  # [B * N]
+        shown = kinds > 0  # [B, N]
         logits = self.kind_head(features).flatten(0, 1).float()  # [B * N, kinds + 1]
         kind_total = F.cross_entropy(
-            logits, kinds, weight=self.kind_weight, reduction="sum"
+            logits, kinds.flatten(), weight=self.kind_weight, reduction="sum"
         )
-        shown = (kinds > 0).float()  # [B * N]
         distance = (self.box_head(features).float() - boxes).abs().mean(dim=-1)
-        box_total = 5 * (distance.flatten() * shown).sum()
-        surprise = F.binary_cross_entropy_with_logits(
-            self.shape_head(features).float(), shapes.float(), reduction="none"
-        )  # [B, N, patch pixels]
-        shape_total = (surprise.mean(dim=-1).flatten() * shown).sum()
-        totals = torch.stack([kind_total, box_total, shape_total])
-        count = shown.sum()
-        return totals, torch.stack([self.kind_weight[kinds].sum(), count, count])
+        shape_loss = self._surprise(self.shape_head(features), shapes)  # [B, N]
+        outline_loss = self._surprise(self.outline_head(features), outlines)
+        plan_loss = self._surprise(self.plan_head(states), plans)  # [n]
+        patch_totals = [5 * distance, shape_loss, 2 * outline_loss]
+        totals = [kind_total]
+        totals += [(loss * shown).sum() for loss in patch_totals]
+        totals += [2 * plan_loss.sum()]
+        count = shown.float().sum()
+        counts = [self.kind_weight[kinds].sum(), count, count, count]
+        counts += [count.new_tensor(len(states))]
+        return torch.stack(totals), torch.stack(counts)
 
 
 def pack_questions(
@@ -397,15 +449,18 @@ def label_weights(
     """How much each token counts in the text loss: 0 where nothing is to be learned.
 
     `first_loc_weight` for a loc token that doesn't follow another, `seg_weight` for a
-    seg token, 1 for the rest of the answers.
+    seg token, `first_seg_weight` times that for the first two of a mask, 1 for the
+    rest of the answers.
     """
     loc, seg = tokenizer.convert_tokens_to_ids([loc_token(0), seg_token(0)])
     is_loc = (input_ids >= loc) & (input_ids < loc + NUM_LOCS)
     is_seg = (input_ids >= seg) & (input_ids < seg + NUM_SEGS)
     opens_box = is_loc & ~F.pad(is_loc, (1, 0))[:-1]
+    opens_mask = is_seg & ~F.pad(is_seg, (2, 0))[:-2]
     weights = token_type_ids.float()
     weights[opens_box] *= config.first_loc_weight
     weights[is_seg] *= config.seg_weight
+    weights[opens_mask] *= config.first_seg_weight
     return weights
 
 
@@ -429,6 +484,7 @@ class SceneDataset(Dataset):
         self.config = config
         self.encode_mask = encode_mask
         self.patch_items = config.patch_steps * config.batch_size
+        self.neighbors = 1 + config.silent_pictures
         self.length = self.patch_items + config.steps * config.batch_size
 
     def __len__(self) -> int:
@@ -436,7 +492,7 @@ class SceneDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.config.seed} {index}")
-        only_patches = index < self.patch_items
+        only_patches = index < self.patch_items or index % self.neighbors > 0
         scene = make_scene(
             rng.randrange(10**9),
             self.processor.image_size,
@@ -448,13 +504,9 @@ class SceneDataset(Dataset):
             styles=self.config.styles.split(","),
             vary=self.config.vary,
         )
-        kinds, boxes, shapes = patch_targets(scene, self.patch_size)
-        item = {
-            "pixel_values": image_to_pixels(scene.image, self.processor.image_size),
-            "patch_kinds": torch.from_numpy(kinds),
-            "patch_boxes": torch.from_numpy(boxes),
-            "patch_shapes": torch.from_numpy(shapes),
-        }
+        targets = map(torch.from_numpy, patch_targets(scene, self.patch_size))
+        item = dict(zip(PATCH_TARGETS, targets, strict=True))
+        item["pixel_values"] = image_to_pixels(scene.image, self.processor.image_size)
         if only_patches:
             return item
         tasks = self.config.questions.split(",")
@@ -498,12 +550,17 @@ class SceneDataset(Dataset):
 
 
 def collate(items: list[dict[str, Tensor]], pad_token_id: int = 0) -> dict[str, Tensor]:
-    """Items → one batch; packed rows are padded on the right."""
+    """Items → one batch; packed rows are padded on the right.
+
+    Pictures with questions come first, so that row i is about picture i.
+    """
+    asked = [item for item in items if "input_ids" in item]
+    silent = [item for item in items if "input_ids" not in item]
     batch = {
-        name: torch.stack([item[name] for item in items])
-        for name in ("pixel_values", "patch_kinds", "patch_boxes", "patch_shapes")
+        name: torch.stack([item[name] for item in asked + silent])
+        for name in ("pixel_values", *PATCH_TARGETS)
     }
-    if "input_ids" not in items[0]:
+    if not asked:
         return batch
     for name, padding in (
         ("input_ids", pad_token_id),
@@ -512,7 +569,7 @@ def collate(items: list[dict[str, Tensor]], pad_token_id: int = 0) -> dict[str, 
         ("question_ids", -1),
         ("label_weights", 0.0),
     ):
-        rows = [item[name] for item in items]
+        rows = [item[name] for item in asked]
         batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
     return batch
 
@@ -549,17 +606,38 @@ def token_losses(
     return losses.masked_scatter(is_seg, -(shares * seg_log_p).sum(dim=-1))
 
 
+@torch.no_grad()
+def mask_plans(
+    targets: Int[Tensor, "B T"], first_seg: int, decoder: MaskDecoder | None
+) -> tuple[Bool[Tensor, "B T"], Float[Tensor, "n 256"]]:
+    """Where the first code of a mask is due, and the outline that its sixteen draw.
+
+    `first_seg` is the id of `<seg000>`. Without a decoder there are no masks.
+    """
+    if decoder is None:
+        no_outline = torch.zeros(0, OUTLINE_SIDE**2, device=targets.device)
+        return torch.zeros_like(targets, dtype=torch.bool), no_outline
+    codes = targets - first_seg
+    is_seg = (codes >= 0) & (codes < NUM_SEGS)
+    starts = is_seg & ~F.pad(is_seg, (1, 0))[:, :-1]
+    row, place = starts.nonzero(as_tuple=True)  # [n] each
+    places = place[:, None] + torch.arange(CODES_PER_MASK, device=targets.device)
+    drawn = decoder(codes[row[:, None], places])[:, 0] > 0  # [n, 64, 64]
+    return starts, to_outline(drawn.float())
+
+
 class Lesson(nn.Module):
     """Model and teacher as one module: a batch in, every loss out.
 
-    The teacher overhears what the vision tower says in the model's own forward pass.
-    With `vqvae`, the seg tokens from the id `first_seg` on share their lessons.
+    The teacher overhears what the vision tower and the decoder say in the model's own
+    forward pass. With `vqvae`, the seg tokens from the id `first_seg` on share their
+    lessons, and the decoder is asked for plans.
     """
 
     def __init__(
         self,
         model: PaliGemmaForConditionalGeneration,
-        teacher: PatchTeacher,
+        teacher: Teacher,
         vqvae: MaskVQVAE | None = None,
         first_seg: int = 0,
     ):
@@ -567,52 +645,69 @@ class Lesson(nn.Module):
         self.model = model
         self.teacher = teacher
         self.first_seg = first_seg
-        likeness = None if vqvae is None else code_likeness(vqvae.decoder.codebook)
+        self.mask_decoder = likeness = None
+        if vqvae is not None:
+            likeness = code_likeness(vqvae.decoder.codebook)
+            self.mask_decoder = copy.deepcopy(vqvae.decoder).requires_grad_(False)
         self.register_buffer("likeness", likeness, persistent=False)
-        self._overheard: Tensor | None = None
-        model.vision_tower.register_forward_hook(self._overhear)
+        self._features: list[Tensor] | None = None  # a list while a lesson lasts
+        self._states: Tensor | None = None
+        model.vision_tower.register_forward_hook(self._hear_eyes)
+        model.language_model.model.register_forward_hook(self._hear_decoder)
 
-    def _overhear(self, module: nn.Module, args: tuple, features: Tensor) -> None:
-        self._overheard = features
+    def _hear_eyes(self, module: nn.Module, args: tuple, features: Tensor) -> None:
+        if self._features is not None:
+            self._features.append(features)
+
+    def _hear_decoder(self, module: nn.Module, args: tuple, outputs: tuple) -> None:
+        if self._features is not None:
+            self._states = outputs[0]
+
+    def _ask(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        "The text loss, total and count; states where masks begin, and their plans."
+        num_image = self.model.config.vision_config.num_image_tokens
+        input_ids = batch["input_ids"]
+        logits = self.model(
+            input_ids=input_ids,
+            pixel_values=batch["pixel_values"][: len(input_ids)],
+            attention_mask=packed_mask(batch["question_ids"], batch["token_type_ids"]),
+            position_ids=batch["position_ids"],
+            logits_to_keep=input_ids.shape[1] - num_image,
+        )["logits"]  # [B, T - N, V]
+        targets = input_ids[:, num_image + 1 :]  # [B, T - N - 1]: the next tokens
+        weights = batch["label_weights"][:, num_image + 1 :]
+        losses = token_losses(
+            logits[:, :-1], targets, self.likeness, self.first_seg
+        )  # [B, T - N - 1]
+        starts, plans = mask_plans(targets, self.first_seg, self.mask_decoder)
+        states = self._states[:, num_image:-1][starts]  # [n, Dt]
+        return (losses * weights).sum(), weights.sum(), states, plans
 
     def forward(
         self, batch: dict[str, Tensor]
-    ) -> tuple[Float[Tensor, "4"], Float[Tensor, "4"]]:
+    ) -> tuple[Float[Tensor, "6"], Float[Tensor, "6"]]:
         """(totals, counts) of the losses in `LOSSES`; a loss is total / count.
 
         Kept apart so that several processes can divide by the count of all of them.
-        A batch without questions leaves the text's at zero.
+        A batch without questions leaves the text's and the plans' at zero.
         """
         pixel_values = batch["pixel_values"]
-        if "label_weights" in batch:
-            num_image = self.model.config.vision_config.num_image_tokens
-            input_ids = batch["input_ids"]
-            logits = self.model(
-                input_ids=input_ids,
-                pixel_values=pixel_values,
-                attention_mask=packed_mask(
-                    batch["question_ids"], batch["token_type_ids"]
-                ),
-                position_ids=batch["position_ids"],
-                logits_to_keep=input_ids.shape[1] - num_image,
-            )["logits"]  # [B, T - N, V]
-            targets = input_ids[:, num_image + 1 :]  # [B, T - N - 1]: the next tokens
-            weights = batch["label_weights"][:, num_image + 1 :]
-            losses = token_losses(
-                logits[:, :-1], targets, self.likeness, self.first_seg
-            )  # [B, T - N - 1]
-            text_total, text_count = (losses * weights).sum(), weights.sum()
+        self._features = []
+        asked = len(batch.get("input_ids", ()))
+        if asked:
+            text_total, text_count, states, plans = self._ask(batch)
         else:
-            self.model.vision_tower(pixel_values)
             text_total = text_count = pixel_values.new_zeros(())
-        totals, counts = self.teacher(
-            self._overheard,
-            batch["patch_kinds"],
-            batch["patch_boxes"],
-            batch["patch_shapes"],
-        )
-        self._overheard = None
-        totals = torch.cat([text_total[None], totals])  # [4]
+            width = self.model.config.text_config.hidden_size
+            states = pixel_values.new_zeros(0, width)
+            plans = pixel_values.new_zeros(0, OUTLINE_SIDE**2)
+        if asked < len(pixel_values):
+            self.model.vision_tower(pixel_values[asked:])
+        features = torch.cat(self._features)  # [B, N, D]
+        self._features = self._states = None
+        targets = [batch[name] for name in PATCH_TARGETS]
+        totals, counts = self.teacher(features, *targets, states, plans)
+        totals = torch.cat([text_total[None], totals])  # [6]
         return totals, torch.cat([text_count[None], counts])
 
 
@@ -635,11 +730,12 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return peak * (config.final_share + (1 - config.final_share) * wave)
 
 
-def loss_weights(step: int, config: TrainingConfig) -> Float[Tensor, "4"]:
+def loss_weights(step: int, config: TrainingConfig) -> Float[Tensor, "6"]:
     """How much each of the losses in `LOSSES` counts at a step."""
+    text, teacher = 1.0, config.patch_loss_weight
     if step < config.patch_steps:
-        return torch.tensor([0.0, 1.0, 1.0, 1.0])
-    return torch.tensor([1.0] + [config.patch_loss_weight] * 3)
+        text, teacher = 0.0, 1.0
+    return torch.tensor([text] + [teacher] * (len(LOSSES) - 1))
 
 
 def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
@@ -712,7 +808,7 @@ def check_run_folder(folder: Path | None, resume: bool) -> None:
         )
 
 
-def load_teacher(folder: Path, teacher: PatchTeacher) -> None:
+def load_teacher(folder: Path, teacher: Teacher) -> None:
     """Read the teacher that `save_training_state` wrote beside a model.
 
     A checkpoint without one leaves the teacher as it is.
@@ -821,7 +917,7 @@ def training_step(
     batch: dict[str, Tensor],
     step: int,
     config: TrainingConfig,
-) -> Float[Tensor, "4"]:
+) -> Float[Tensor, "6"]:
     """Forward, backward, update; returns this process's part of each loss.
 
     Each loss is divided by the count of all processes together, times their number,
@@ -831,7 +927,7 @@ def training_step(
         group["lr"] = learning_rate_at(step, config)
     totals, counts = learner(batch)
     counts = accelerator.reduce(counts, "sum").clamp(min=1)
-    losses = totals * accelerator.num_processes / counts  # [4]
+    losses = totals * accelerator.num_processes / counts  # [6]
     accelerator.backward((losses * loss_weights(step, config).to(losses)).sum())
     accelerator.clip_grad_norm_(learner.parameters(), config.max_grad_norm)
     optimizer.step()
@@ -872,7 +968,7 @@ def train(
     folder = Path(output) if output is not None else None
     check_run_folder(folder, resume)
     first_seg = processor.tokenizer.convert_tokens_to_ids(seg_token(0))
-    lesson = Lesson(model, PatchTeacher(model.config), vqvae, first_seg)
+    lesson = Lesson(model, Teacher(model.config), vqvae, first_seg)
     if init is not None:
         load_teacher(Path(init), lesson.teacher)
     optimizer = make_optimizer(lesson, config)
