@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from vlm.mask_tokens import Codebook, MaskDecoder, MaskEncoder, MaskVQVAE
@@ -31,6 +32,7 @@ from vlm.training import (
     initialize,
     label_weights,
     learning_rate_at,
+    load_teacher,
     main,
     make_tokenizer,
     mask_plans,
@@ -51,6 +53,15 @@ CONFIG = TrainingConfig(
     log_every=1,
     save_every=3,
 )
+
+
+TWO = replace(CONFIG, batch_size=4, silent_pictures=3, questions="segment,segment")
+
+
+def random_masks():
+    """An untrained mask encoder and decoder, always the same."""
+    torch.manual_seed(1)
+    return MaskVQVAE(MaskEncoder(), MaskDecoder()).eval()
 
 
 @pytest.fixture(scope="module")
@@ -345,8 +356,7 @@ def test_lesson_returns_the_models_own_loss(world_tokenizer, processor):
     totals, counts = lesson(patches)
     assert totals[0] == counts[0] == 0 and (counts[1:-1] > 0).all()
     assert totals[-1] == counts[-1] == 0  # no masks were asked for
-    lesson.model.vision_tower(batch["pixel_values"])
-    assert lesson._features is None and lesson._states is None  # nothing piles up
+    assert not model.vision_tower._forward_hooks  # nobody listens outside lessons
 
 
 def test_masks_begin_where_no_code_stands_before():
@@ -375,7 +385,7 @@ def test_plans_are_asked_of_the_state_that_writes_the_first_code(
     """The loss by hand, from the model's own states and the drawn masks."""
     torch.manual_seed(0)
     model = small_model(world_tokenizer)
-    vqvae = MaskVQVAE(MaskEncoder(), MaskDecoder()).eval()
+    vqvae = random_masks()
     first_seg = world_tokenizer.convert_tokens_to_ids(seg_token(0))
     lesson = Lesson(model, Teacher(model.config), vqvae, first_seg)
     config = replace(CONFIG, patch_steps=0, questions="segment,segment,caption")
@@ -408,7 +418,8 @@ def test_plans_are_asked_of_the_state_that_writes_the_first_code(
 
 
 def test_silent_pictures_teach_the_eyes_and_come_last(world_tokenizer, processor):
-    config = replace(CONFIG, patch_steps=0, silent_pictures=2, patch_max_objects=1)
+    silent = dict(silent_pictures=2, batch_size=3, patch_steps=0)
+    config = replace(CONFIG, **silent)
     dataset = SceneDataset(processor, 16, config)
     items = [dataset[i] for i in range(6)]
     assert ["input_ids" in item for item in items] == [True, False, False] * 2
@@ -538,6 +549,19 @@ def test_run_is_never_overwritten(world_tokenizer, processor, tmp_path, name):
         train(small_model(world_tokenizer), processor, CONFIG, tmp_path)
 
 
+def test_a_teacher_of_other_questions_is_refused(world_tokenizer, tmp_path):
+    teacher = Teacher(small_model(world_tokenizer).config)
+    tensors = {f"teacher.{n}": t + 1 for n, t in teacher.state_dict().items()}
+    save_file(tensors, tmp_path / "training_state.safetensors")
+    load_teacher(tmp_path, teacher)
+    for name, tensor in teacher.state_dict().items():
+        assert torch.equal(tensor, tensors[f"teacher.{name}"])
+    del tensors["teacher.outline_head.weight"]
+    save_file(tensors, tmp_path / "training_state.safetensors")
+    with pytest.raises(ValueError, match="an earlier version's teacher"):
+        load_teacher(tmp_path, teacher)
+
+
 def test_resume_needs_a_run(world_tokenizer, processor, tmp_path):
     for folder, error in ((None, ValueError), (tmp_path, FileNotFoundError)):
         model = small_model(world_tokenizer)
@@ -583,21 +607,20 @@ SCRIPT = """
 import json, sys
 import torch
 sys.path[:0] = [{tests!r}]
-from test_training import CONFIG, small_model
+from test_training import TWO, random_masks, small_model
 from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
 from vlm.training import make_tokenizer, train
-from dataclasses import replace
 torch.set_num_threads(1)
 tokenizer = make_tokenizer(num_scenes=50)
 processor = PaliGemmaProcessor(tokenizer, num_image_tokens=16, image_size=64)
-config = replace(CONFIG, batch_size=4)
-log = train(small_model(tokenizer), processor, config, {folder!r})
+train(small_model(tokenizer), processor, TWO, {folder!r}, vqvae=random_masks())
 """
 
 
 def test_two_processes_have_the_loss_of_one(world_tokenizer, processor, tmp_path):
-    config = replace(CONFIG, batch_size=4)
-    one = train(small_model(world_tokenizer), processor, config)
+    """In a half of each batch all pictures are silent."""
+    model, masks = small_model(world_tokenizer), random_masks()
+    one = train(model, processor, TWO, vqvae=masks)
     script = tmp_path / "run.py"
     tests = str(Path(__file__).parent)
     script.write_text(SCRIPT.format(tests=tests, folder=str(tmp_path / "two")))
@@ -610,6 +633,8 @@ def test_two_processes_have_the_loss_of_one(world_tokenizer, processor, tmp_path
     assert [e["step"] for e in two] == [e["step"] for e in one]
     for a, b in zip(one, two, strict=True):
         for name in LOSSES:
+            asked = name not in ("text", "plans") or a["step"] > TWO.patch_steps
+            assert (a[name] > 0) == asked
             assert a[name] == pytest.approx(b[name], rel=2e-3), (a, b)
 
 
@@ -621,6 +646,8 @@ def test_two_processes_have_the_loss_of_one(world_tokenizer, processor, tmp_path
         (["--mask_tokens", "nowhere"], "no mask_encoder.safetensors in nowhere"),
         (["--questions", "sing"], "no question for task 'sing'"),
         (["--styles", "cubist"], "unknown style 'cubist'"),
+        (["--silent_pictures", "-1"], "silent_pictures=-1 must be at least 0"),
+        (["--silent_pictures", "2"], "divisible by 1 + silent_pictures"),
     ],
 )
 def test_command_line_errors_are_one_line(arguments, message, tmp_path, capsys):

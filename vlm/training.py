@@ -11,7 +11,8 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -84,15 +85,18 @@ __all__ = [
     "new_model",
     "to_outline",
     "patch_targets",
+    "drawing_loss",
     "Teacher",
     "pack_questions",
     "packed_mask",
+    "seg_codes",
     "label_weights",
     "SceneDataset",
     "collate",
     "code_likeness",
     "token_losses",
     "mask_plans",
+    "overhear",
     "Lesson",
     "learning_rate_at",
     "loss_weights",
@@ -129,15 +133,16 @@ class TrainingConfig:
 
     First `patch_steps` of the eyes alone on patch labels, then `steps` of everything,
     each with its own warm-up and cosine. A batch is `batch_size` pictures, over all
-    processes together; each brings `questions_per_picture` questions in one row, but
-    of `1 + silent_pictures` neighbors only the first does.
+    processes together. The first of every `1 + silent_pictures` brings
+    `questions_per_picture` questions in one row. Raises ValueError where that doesn't
+    divide a batch.
     """
 
     steps: int = _setting(1000, "steps with questions")
     patch_steps: int = _setting(0, "steps before them in which only the eyes learn")
     batch_size: int = _setting(64, "pictures in a batch, all processes together")
     questions_per_picture: int = _setting(6, "questions packed behind a picture")
-    silent_pictures: int = _setting(0, "beside each with questions, for the eyes alone")
+    silent_pictures: int = _setting(0, "for the eyes alone, behind each asked about")
     max_row_tokens: int = _setting(
         256, "questions that would make it longer are left out"
     )
@@ -170,6 +175,13 @@ class TrainingConfig:
     log_every: int = _setting(20, "steps between lines of the log")
     eval_every: int = _setting(500, "steps between evaluations")
     save_every: int = _setting(500, "steps between saves")
+
+    def __post_init__(self) -> None:
+        if self.silent_pictures < 0 or self.batch_size % (1 + self.silent_pictures):
+            raise ValueError(
+                f"silent_pictures={self.silent_pictures} must be at least 0, and "
+                f"batch_size={self.batch_size} divisible by 1 + silent_pictures"
+            )
 
     @property
     def all_steps(self) -> int:
@@ -279,7 +291,7 @@ def new_model(
 
 
 def to_outline(mask: Float[Tensor, "*B 64 64"]) -> Float[Tensor, "*B 256"]:
-    """A mask of 0 and 1 on its box → the covered share of each of 16 × 16 cells."""
+    """A mask of values 0…1 on its box → the covered share of each of 16 × 16 cells."""
     cut = (OUTLINE_SIDE, MASK_SIDE // OUTLINE_SIDE)  # 16 cells of 4
     cells = mask.unflatten(-1, cut).unflatten(-3, cut)  # [*B, 16, 4, 16, 4]
     return cells.mean(dim=(-3, -1)).flatten(-2)
@@ -298,7 +310,7 @@ def patch_targets(
     A patch shows the thing that covers more of it than any other, if that is at least
     `share` of its pixels. Boxes are (x0, y0, x1, y1) as offsets from the patch's
     center, in shares of the side. Shapes say which of the patch's pixels, row by row,
-    belong to its thing; outlines, as `to_outline`, are of the whole thing on its box.
+    belong to its thing; outlines, as `to_outline`, of all that is visible of it.
     All but kinds are zero for background.
     """
     size = scene.image.width
@@ -329,12 +341,22 @@ def patch_targets(
     return kinds, boxes, shapes, outlines
 
 
-class Teacher(nn.Module):
-    """Linear heads that ask the eyes, and for masks the decoder, what they know.
+def drawing_loss(
+    logits: Float[Tensor, "*B cells"], wanted: Tensor
+) -> Float[Tensor, "*B"]:
+    """Mean cross-entropy of a drawing's cells, each covered or not, or by a share."""
+    losses = F.binary_cross_entropy_with_logits(
+        logits.float(), wanted.float(), reduction="none"
+    )
+    return losses.mean(dim=-1)
 
-    Of each patch: the kind, box, shape and outline of the thing in it. Of the decoder,
-    where the first code of a mask is due: the outline that the sixteen will draw.
-    Only a teacher: it is thrown away after training.
+
+class Teacher(nn.Module):
+    """Linear heads that ask the eyes and the language model what they know.
+
+    Of each patch: the kind, box, shape and outline of the thing in it. Of the language
+    model, where the first code of a mask is due: its plan, the outline that the sixteen
+    will draw. Only a teacher: it is thrown away after training.
     """
 
     def __init__(self, config: PaliGemmaConfig):
@@ -349,16 +371,6 @@ class Teacher(nn.Module):
         weight[0] = 0.2  # background is everywhere
         self.register_buffer("kind_weight", weight)
 
-    @staticmethod
-    def _surprise(
-        logits: Float[Tensor, "*B pixels"], wanted: Tensor
-    ) -> Float[Tensor, "*B"]:
-        "Mean cross-entropy of the pixels of one drawing, covered or not."
-        losses = F.binary_cross_entropy_with_logits(
-            logits.float(), wanted.float(), reduction="none"
-        )
-        return losses.mean(dim=-1)
-
     def forward(
         self,
         features: Float[Tensor, "B N D"],
@@ -371,26 +383,28 @@ class Teacher(nn.Module):
     ) -> tuple[Float[Tensor, "5"], Float[Tensor, "5"]]:
         """Totals and counts of five losses: four over patches, the last over masks.
 
-        `states` are the decoder's where n masks begin, `plans` what they will show.
-        Kinds (cross-entropy), boxes (distance), shapes, outlines and plans
-        (cross-entropy of pixels).
+        `states` are the language model's where n masks begin. Kinds (cross-entropy),
+        boxes (distance), shapes, outlines and plans (`drawing_loss`).
         """
         shown = kinds > 0  # [B, N]
         logits = self.kind_head(features).flatten(0, 1).float()  # [B * N, kinds + 1]
         kind_total = F.cross_entropy(
             logits, kinds.flatten(), weight=self.kind_weight, reduction="sum"
         )
-        distance = (self.box_head(features).float() - boxes).abs().mean(dim=-1)
-        shape_loss = self._surprise(self.shape_head(features), shapes)  # [B, N]
-        outline_loss = self._surprise(self.outline_head(features), outlines)
-        plan_loss = self._surprise(self.plan_head(states), plans)  # [n]
-        patch_totals = [5 * distance, shape_loss, 2 * outline_loss]
-        totals = [kind_total]
-        totals += [(loss * shown).sum() for loss in patch_totals]
-        totals += [2 * plan_loss.sum()]
+        box_loss = (self.box_head(features).float() - boxes).abs().mean(dim=-1)
+        shape_loss = drawing_loss(self.shape_head(features), shapes)  # [B, N]
+        outline_loss = drawing_loss(self.outline_head(features), outlines)  # [B, N]
+        plan_loss = drawing_loss(self.plan_head(states), plans)  # [n]
+        totals = [
+            kind_total,
+            5 * (box_loss * shown).sum(),
+            (shape_loss * shown).sum(),
+            2 * (outline_loss * shown).sum(),
+            2 * plan_loss.sum(),
+        ]
         count = shown.float().sum()
-        counts = [self.kind_weight[kinds].sum(), count, count, count]
-        counts += [count.new_tensor(len(states))]
+        masks = count.new_tensor(len(states))
+        counts = [self.kind_weight[kinds].sum(), count, count, count, masks]
         return torch.stack(totals), torch.stack(counts)
 
 
@@ -440,6 +454,14 @@ def packed_mask(
     return (mask | ((query == 0) & first_prompt))[:, None]  # [B, 1, T, T]
 
 
+def seg_codes(
+    ids: Int[Tensor, "*B"], first_seg: int
+) -> tuple[Int[Tensor, "*B"], Bool[Tensor, "*B"]]:
+    """(codes, which ids are seg tokens at all); `first_seg` is the id of `<seg000>`."""
+    codes = ids - first_seg
+    return codes, (codes >= 0) & (codes < NUM_SEGS)
+
+
 def label_weights(
     input_ids: Int[Tensor, "T"],
     token_type_ids: Int[Tensor, "T"],
@@ -454,7 +476,7 @@ def label_weights(
     """
     loc, seg = tokenizer.convert_tokens_to_ids([loc_token(0), seg_token(0)])
     is_loc = (input_ids >= loc) & (input_ids < loc + NUM_LOCS)
-    is_seg = (input_ids >= seg) & (input_ids < seg + NUM_SEGS)
+    _, is_seg = seg_codes(input_ids, seg)
     opens_box = is_loc & ~F.pad(is_loc, (1, 0))[:-1]
     opens_mask = is_seg & ~F.pad(is_seg, (2, 0))[:-2]
     weights = token_type_ids.float()
@@ -468,7 +490,8 @@ class SceneDataset(Dataset):
     """Pictures with questions, made up as they are asked for; the index is the seed.
 
     An item's scene and questions depend on `seed` and the index alone, so a run that
-    resumes at index i sees what it would have seen. Without `encode_mask` (the crop of
+    resumes at index i sees what it would have seen. Silent pictures have patch targets
+    and no questions. Without `encode_mask` (the crop of
     a mask → sixteen codes) each `segment` becomes a `detect`.
     """
 
@@ -484,7 +507,6 @@ class SceneDataset(Dataset):
         self.config = config
         self.encode_mask = encode_mask
         self.patch_items = config.patch_steps * config.batch_size
-        self.neighbors = 1 + config.silent_pictures
         self.length = self.patch_items + config.steps * config.batch_size
 
     def __len__(self) -> int:
@@ -492,14 +514,13 @@ class SceneDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         rng = random.Random(f"{self.config.seed} {index}")
-        only_patches = index < self.patch_items or index % self.neighbors > 0
+        place = index - self.patch_items
+        silent = place < 0 or place % (1 + self.config.silent_pictures) > 0
         scene = make_scene(
             rng.randrange(10**9),
             self.processor.image_size,
             max_objects=(
-                self.config.patch_max_objects
-                if only_patches
-                else self.config.max_objects
+                self.config.patch_max_objects if silent else self.config.max_objects
             ),
             styles=self.config.styles.split(","),
             vary=self.config.vary,
@@ -507,7 +528,7 @@ class SceneDataset(Dataset):
         targets = map(torch.from_numpy, patch_targets(scene, self.patch_size))
         item = dict(zip(PATCH_TARGETS, targets, strict=True))
         item["pixel_values"] = image_to_pixels(scene.image, self.processor.image_size)
-        if only_patches:
+        if silent:
             return item
         tasks = self.config.questions.split(",")
         more = self.config.more_questions.split(",")
@@ -599,8 +620,7 @@ def token_losses(
     losses = -log_p.gather(-1, targets[..., None])[..., 0]  # [B, T]
     if likeness is None:
         return losses
-    codes = targets - first_seg
-    is_seg = (codes >= 0) & (codes < NUM_SEGS)
+    codes, is_seg = seg_codes(targets, first_seg)
     shares = likeness[codes[is_seg]]  # [n, 128]
     seg_log_p = log_p[is_seg][:, first_seg : first_seg + NUM_SEGS]  # [n, 128]
     return losses.masked_scatter(is_seg, -(shares * seg_log_p).sum(dim=-1))
@@ -608,30 +628,41 @@ def token_losses(
 
 @torch.no_grad()
 def mask_plans(
-    targets: Int[Tensor, "B T"], first_seg: int, decoder: MaskDecoder | None
+    targets: Int[Tensor, "B T"], first_seg: int, mask_decoder: MaskDecoder | None
 ) -> tuple[Bool[Tensor, "B T"], Float[Tensor, "n 256"]]:
     """Where the first code of a mask is due, and the outline that its sixteen draw.
 
-    `first_seg` is the id of `<seg000>`. Without a decoder there are no masks.
+    `first_seg` is the id of `<seg000>`. Without a mask decoder
+    there are no plans.
     """
-    if decoder is None:
+    if mask_decoder is None:
         no_outline = torch.zeros(0, OUTLINE_SIDE**2, device=targets.device)
         return torch.zeros_like(targets, dtype=torch.bool), no_outline
-    codes = targets - first_seg
-    is_seg = (codes >= 0) & (codes < NUM_SEGS)
+    codes, is_seg = seg_codes(targets, first_seg)
     starts = is_seg & ~F.pad(is_seg, (1, 0))[:, :-1]
     row, place = starts.nonzero(as_tuple=True)  # [n] each
     places = place[:, None] + torch.arange(CODES_PER_MASK, device=targets.device)
-    drawn = decoder(codes[row[:, None], places])[:, 0] > 0  # [n, 64, 64]
+    drawn = mask_decoder(codes[row[:, None], places])[:, 0] > 0  # [n, 64, 64]
     return starts, to_outline(drawn.float())
+
+
+@contextmanager
+def overhear(module: nn.Module) -> Iterator[list[Any]]:
+    """Collect what a module returns, call by call, while the block lasts."""
+    heard: list[Any] = []
+    hook = module.register_forward_hook(lambda _, args, output: heard.append(output))
+    try:
+        yield heard
+    finally:
+        hook.remove()
 
 
 class Lesson(nn.Module):
     """Model and teacher as one module: a batch in, every loss out.
 
-    The teacher overhears what the vision tower and the decoder say in the model's own
-    forward pass. With `vqvae`, the seg tokens from the id `first_seg` on share their
-    lessons, and the decoder is asked for plans.
+    The teacher overhears what the vision tower and the language model say in the
+    model's own forward pass. With `vqvae`, the seg tokens from the id `first_seg` on
+    share their lessons, and the language model is asked for plans.
     """
 
     def __init__(
@@ -648,39 +679,31 @@ class Lesson(nn.Module):
         self.mask_decoder = likeness = None
         if vqvae is not None:
             likeness = code_likeness(vqvae.decoder.codebook)
+            # A copy: it moves with the lesson, and the caller's may stay.
             self.mask_decoder = copy.deepcopy(vqvae.decoder).requires_grad_(False)
         self.register_buffer("likeness", likeness, persistent=False)
-        self._features: list[Tensor] | None = None  # a list while a lesson lasts
-        self._states: Tensor | None = None
-        model.vision_tower.register_forward_hook(self._hear_eyes)
-        model.language_model.model.register_forward_hook(self._hear_decoder)
-
-    def _hear_eyes(self, module: nn.Module, args: tuple, features: Tensor) -> None:
-        if self._features is not None:
-            self._features.append(features)
-
-    def _hear_decoder(self, module: nn.Module, args: tuple, outputs: tuple) -> None:
-        if self._features is not None:
-            self._states = outputs[0]
 
     def _ask(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         "The text loss, total and count; states where masks begin, and their plans."
         num_image = self.model.config.vision_config.num_image_tokens
         input_ids = batch["input_ids"]
-        logits = self.model(
-            input_ids=input_ids,
-            pixel_values=batch["pixel_values"][: len(input_ids)],
-            attention_mask=packed_mask(batch["question_ids"], batch["token_type_ids"]),
-            position_ids=batch["position_ids"],
-            logits_to_keep=input_ids.shape[1] - num_image,
-        )["logits"]  # [B, T - N, V]
+        with overhear(self.model.language_model.model) as heard:
+            logits = self.model(
+                input_ids=input_ids,
+                pixel_values=batch["pixel_values"][: len(input_ids)],
+                attention_mask=packed_mask(
+                    batch["question_ids"], batch["token_type_ids"]
+                ),
+                position_ids=batch["position_ids"],
+                logits_to_keep=input_ids.shape[1] - num_image,
+            )["logits"]  # [B, T - N, V]
         targets = input_ids[:, num_image + 1 :]  # [B, T - N - 1]: the next tokens
         weights = batch["label_weights"][:, num_image + 1 :]
         losses = token_losses(
             logits[:, :-1], targets, self.likeness, self.first_seg
         )  # [B, T - N - 1]
         starts, plans = mask_plans(targets, self.first_seg, self.mask_decoder)
-        states = self._states[:, num_image:-1][starts]  # [n, Dt]
+        states = heard[0][0][:, num_image:-1][starts]  # [n, Dt]
         return (losses * weights).sum(), weights.sum(), states, plans
 
     def forward(
@@ -692,21 +715,19 @@ class Lesson(nn.Module):
         A batch without questions leaves the text's and the plans' at zero.
         """
         pixel_values = batch["pixel_values"]
-        self._features = []
         asked = len(batch.get("input_ids", ()))
-        if asked:
-            text_total, text_count, states, plans = self._ask(batch)
-        else:
-            text_total = text_count = pixel_values.new_zeros(())
-            width = self.model.config.text_config.hidden_size
-            states = pixel_values.new_zeros(0, width)
-            plans = pixel_values.new_zeros(0, OUTLINE_SIDE**2)
-        if asked < len(pixel_values):
-            self.model.vision_tower(pixel_values[asked:])
-        features = torch.cat(self._features)  # [B, N, D]
-        self._features = self._states = None
+        with overhear(self.model.vision_tower) as features:
+            if asked:
+                text_total, text_count, states, plans = self._ask(batch)
+            else:
+                text_total = text_count = pixel_values.new_zeros(())
+                width = self.model.config.text_config.hidden_size
+                states = pixel_values.new_zeros(0, width)
+                plans = pixel_values.new_zeros(0, OUTLINE_SIDE**2)
+            if asked < len(pixel_values):
+                self.model.vision_tower(pixel_values[asked:])
         targets = [batch[name] for name in PATCH_TARGETS]
-        totals, counts = self.teacher(features, *targets, states, plans)
+        totals, counts = self.teacher(torch.cat(features), *targets, states, plans)
         totals = torch.cat([text_total[None], totals])  # [6]
         return totals, torch.cat([text_count[None], counts])
 
@@ -739,9 +760,13 @@ def loss_weights(step: int, config: TrainingConfig) -> Float[Tensor, "6"]:
 
 
 def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices only. Source: Loshchilov & Hutter 2019."""
-    matrices = [p for p in module.parameters() if p.ndim >= 2]
-    vectors = [p for p in module.parameters() if p.ndim < 2]
+    """AdamW for what isn't frozen; weight decay on matrices only.
+
+    Source: Loshchilov & Hutter 2019.
+    """
+    learning = [p for p in module.parameters() if p.requires_grad]
+    matrices = [p for p in learning if p.ndim >= 2]
+    vectors = [p for p in learning if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -811,13 +836,19 @@ def check_run_folder(folder: Path | None, resume: bool) -> None:
 def load_teacher(folder: Path, teacher: Teacher) -> None:
     """Read the teacher that `save_training_state` wrote beside a model.
 
-    A checkpoint without one leaves the teacher as it is.
+    A checkpoint without one leaves the teacher as it is. Raises ValueError for a
+    teacher that asks other questions.
     """
     path = folder / "training_state.safetensors"
     if path.is_file():
         tensors = load_file(path)
-        names = teacher.state_dict()
-        teacher.load_state_dict({name: tensors[f"teacher.{name}"] for name in names})
+        saved = {name: tensors.get(f"teacher.{name}") for name in teacher.state_dict()}
+        if None in saved.values():
+            raise ValueError(
+                f"{path} holds an earlier version's teacher: start a new run, with the "
+                "model of that folder but without this file"
+            )
+        teacher.load_state_dict(saved)
 
 
 def load_training_state(
@@ -952,7 +983,8 @@ def train(
     - `init`: the folder that `model` came from; a teacher saved there is taken along.
     - `evaluate`: gets (model, step) every `eval_every` steps and last; it is logged.
     - `resume`: continue the run in `output`. `stop_after`: end early, at this step.
-    - `vqvae`: makes the codes of `segment`'s answers; None asks `detect` instead.
+    - `vqvae`: makes the codes of `segment`'s answers, which then share lessons and are
+      planned; None asks `detect` instead.
 
     Raises FileExistsError where `output` holds a run and `resume` is False,
     FileNotFoundError where it holds none to resume, and FloatingPointError when a loss
@@ -1062,8 +1094,8 @@ def main(argv: list[str] | None = None) -> int:
     output, init = Path(arguments.pop("output")), arguments.pop("init")
     resume, stop_after = arguments.pop("resume"), arguments.pop("stop_after")
     mask_tokens = arguments.pop("mask_tokens")
-    config = TrainingConfig(**arguments)
     try:
+        config = TrainingConfig(**arguments)
         start = saved_run(output) if resume else init
         if start:
             model, tokenizer = load_hf_model(start, "cpu")
