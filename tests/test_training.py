@@ -473,7 +473,13 @@ def test_label_weights_by_hand(world_tokenizer, processor):
     mask = "".join(seg_token(n) for n in (0, 127, 1, 1))
     suffix = torch.tensor(processor.encode_suffix(f"{box}{mask} owl ; {box} owl"))
     types = torch.cat([torch.zeros_like(prefix), torch.ones_like(suffix)])
-    config = replace(CONFIG, first_loc_weight=5.0, seg_weight=0.5, first_seg_weight=6.0)
+    config = replace(
+        CONFIG,
+        first_loc_weight=5.0,
+        loc_weight=2.0,
+        seg_weight=0.5,
+        first_seg_weight=6.0,
+    )
     ids = torch.cat([prefix, suffix])
     weights = label_weights(ids, types, world_tokenizer, config)
     assert not weights[: len(prefix)].any()
@@ -481,6 +487,7 @@ def test_label_weights_by_hand(world_tokenizer, processor):
     places = [i for i, token in enumerate(tokens) if token.startswith("<loc")]
     assert len(places) == 8
     expected = torch.ones(len(suffix))
+    expected[places] = 2.0
     expected[[places[0], places[4]]] = 5.0
     expected[4:6] = 3.0
     expected[6:8] = 0.5

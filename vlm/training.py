@@ -147,6 +147,7 @@ class TrainingConfig:
         256, "questions that would make it longer are left out"
     )
     first_loc_weight: float = _setting(3.0, "of a box's first token in the text loss")
+    loc_weight: float = _setting(1.0, "of a box's other tokens there")
     seg_weight: float = _setting(0.25, "of each token of a mask in the text loss")
     first_seg_weight: float = _setting(3.0, "times that, of a mask's first two tokens")
     caption_weight: float = _setting(1.0, "of each token of a caption in the text loss")
@@ -470,9 +471,9 @@ def label_weights(
 ) -> Float[Tensor, "T"]:
     """How much each token counts in the text loss: 0 where nothing is to be learned.
 
-    `first_loc_weight` for a loc token that doesn't follow another, `seg_weight` for a
-    seg token, `first_seg_weight` times that for the first two of a mask, 1 for the
-    rest of the answers.
+    `first_loc_weight` for a loc token that doesn't follow another, `loc_weight` for one
+    that does, `seg_weight` for a seg token, `first_seg_weight` times that for the first
+    two of a mask, 1 for the rest of the answers.
     """
     loc, seg = tokenizer.convert_tokens_to_ids([loc_token(0), seg_token(0)])
     is_loc = (input_ids >= loc) & (input_ids < loc + NUM_LOCS)
@@ -481,6 +482,7 @@ def label_weights(
     opens_mask = is_seg & ~F.pad(is_seg, (2, 0))[:-2]
     weights = token_type_ids.float()
     weights[opens_box] *= config.first_loc_weight
+    weights[is_loc & ~opens_box] *= config.loc_weight
     weights[is_seg] *= config.seg_weight
     weights[opens_mask] *= config.first_seg_weight
     return weights
