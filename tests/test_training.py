@@ -36,6 +36,7 @@ from vlm.training import (
     main,
     make_tokenizer,
     mask_plans,
+    overhear,
     pack_questions,
     packed_mask,
     patch_targets,
@@ -391,12 +392,9 @@ def test_plans_are_asked_of_the_state_that_writes_the_first_code(
     config = replace(CONFIG, patch_steps=0, questions="segment,segment,caption")
     dataset = SceneDataset(processor, 16, config, vqvae.encode_mask)
     batch = collate([dataset[i] for i in range(3)])
-    totals, counts = lesson(batch)
-    heard = []
-    model.language_model.model.register_forward_hook(
-        lambda module, args, outputs: heard.append(outputs[0])
-    )
-    lesson(batch)
+    with overhear(model.language_model.model) as heard:
+        totals, counts = lesson(batch)
+    ((states, _),) = heard
     expected = []
     for row, ids in enumerate(batch["input_ids"].tolist()):
         for place in range(1, len(ids)):
@@ -407,7 +405,7 @@ def test_plans_are_asked_of_the_state_that_writes_the_first_code(
                 codes = torch.tensor(ids[place : place + 16]) - first_seg
                 drawn = (vqvae.decoder(codes[None])[0, 0] > 0).float()
                 cells = drawn.unflatten(1, (16, 4)).unflatten(0, (16, 4)).mean((1, 3))
-                logits = lesson.teacher.plan_head(heard[0][row, place - 1])
+                logits = lesson.teacher.plan_head(states[row, place - 1])
                 expected.append(
                     2 * F.binary_cross_entropy_with_logits(logits, cells.flatten())
                 )

@@ -90,6 +90,7 @@ __all__ = [
     "pack_questions",
     "packed_mask",
     "seg_codes",
+    "run_starts",
     "label_weights",
     "SceneDataset",
     "collate",
@@ -463,6 +464,11 @@ def seg_codes(
     return codes, (codes >= 0) & (codes < NUM_SEGS)
 
 
+def run_starts(flags: Bool[Tensor, "*B T"], length: int = 1) -> Bool[Tensor, "*B T"]:
+    """The first `length` places of each run of True; runs lie as far apart or more."""
+    return flags & ~F.pad(flags, (length, 0))[..., :-length]
+
+
 def label_weights(
     input_ids: Int[Tensor, "T"],
     token_type_ids: Int[Tensor, "T"],
@@ -478,13 +484,12 @@ def label_weights(
     loc, seg = tokenizer.convert_tokens_to_ids([loc_token(0), seg_token(0)])
     is_loc = (input_ids >= loc) & (input_ids < loc + NUM_LOCS)
     _, is_seg = seg_codes(input_ids, seg)
-    opens_box = is_loc & ~F.pad(is_loc, (1, 0))[:-1]
-    opens_mask = is_seg & ~F.pad(is_seg, (2, 0))[:-2]
+    opens_box = run_starts(is_loc)
     weights = token_type_ids.float()
     weights[opens_box] *= config.first_loc_weight
     weights[is_loc & ~opens_box] *= config.loc_weight
     weights[is_seg] *= config.seg_weight
-    weights[opens_mask] *= config.first_seg_weight
+    weights[run_starts(is_seg, 2)] *= config.first_seg_weight
     return weights
 
 
@@ -493,8 +498,8 @@ class SceneDataset(Dataset):
 
     An item's scene and questions depend on `seed` and the index alone, so a run that
     resumes at index i sees what it would have seen. Silent pictures have patch targets
-    and no questions. Without `encode_mask` (the crop of
-    a mask → sixteen codes) each `segment` becomes a `detect`.
+    and no questions. Without `encode_mask` (the crop of a mask → sixteen codes) each
+    `segment` becomes a `detect`.
     """
 
     def __init__(
@@ -634,14 +639,13 @@ def mask_plans(
 ) -> tuple[Bool[Tensor, "B T"], Float[Tensor, "n 256"]]:
     """Where the first code of a mask is due, and the outline that its sixteen draw.
 
-    `first_seg` is the id of `<seg000>`. Without a mask decoder
-    there are no plans.
+    `first_seg` is the id of `<seg000>`. Without a mask decoder there are no plans.
     """
     if mask_decoder is None:
         no_outline = torch.zeros(0, OUTLINE_SIDE**2, device=targets.device)
         return torch.zeros_like(targets, dtype=torch.bool), no_outline
     codes, is_seg = seg_codes(targets, first_seg)
-    starts = is_seg & ~F.pad(is_seg, (1, 0))[:, :-1]
+    starts = run_starts(is_seg)
     row, place = starts.nonzero(as_tuple=True)  # [n] each
     places = place[:, None] + torch.arange(CODES_PER_MASK, device=targets.device)
     drawn = mask_decoder(codes[row[:, None], places])[:, 0] > 0  # [n, 64, 64]
