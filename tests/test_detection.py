@@ -271,6 +271,15 @@ def assert_as_coco(found, truth):
     np.testing.assert_allclose(ours, coco_precision(found, truth), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(4, 5), (2, 2), (4,), (1, 1, 4)])
+def test_boxes_are_four_numbers_each(shape):
+    unchecked = box_iou.__wrapped__
+    for pair in ((np.ones(shape), []), ([], np.ones(shape))):
+        with pytest.raises(ValueError, match="four numbers"):
+            unchecked(*pair)
+    assert box_iou([], np.zeros((2, 4))).shape == (0, 2)
+
+
 # On a coarse grid, with few labels and scores: ties, equal boxes, boxes without area.
 corner = st.integers(0, 5)
 boxes = st.tuples(corner, corner, corner, corner).map(

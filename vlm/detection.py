@@ -196,9 +196,14 @@ def box_iou(a: Boxes, b: Boxes) -> Float[np.ndarray, "M N"]:
     """Intersection over union of each of M boxes with each of N.
 
     A box is (x0, y0, x1, y1), in any unit; boxes come as a list, an array or a tensor
-    (on the CPU). A box without area has an IoU of 0 with every other.
+    (on the CPU). A box without area has an IoU of 0 with every other. Raises ValueError
+    for anything but four numbers a box.
     """
-    a, b = (np.asarray(boxes, dtype=np.float64).reshape(-1, 4) for boxes in (a, b))
+    a, b = (np.asarray(boxes, dtype=np.float64) for boxes in (a, b))
+    for boxes in (a, b):
+        if boxes.size and boxes.shape[1:] != (4,):
+            raise ValueError(f"boxes are [M, 4], four numbers each, not {boxes.shape}")
+    a, b = a.reshape(-1, 4), b.reshape(-1, 4)  # no boxes: [0, 4]
     start = np.maximum(a[:, None, :2], b[:, :2])  # [M, N, 2]
     end = np.minimum(a[:, None, 2:], b[:, 2:])  # [M, N, 2]
     shared = (end - start).clip(min=0).prod(axis=-1)  # [M, N]
