@@ -160,7 +160,7 @@ def array_to_image(array: np.ndarray) -> Image.Image:
         array = (array / 257).round().astype(np.uint8)  # 65535 = 255 * 257
     elif np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError("pictures made of floats must lie in 0…1: divide them")
+            raise ValueError("an image of floats must lie in 0…1 (bytes / 255)")
         array = (array * 255).round().astype(np.uint8)
     elif array.dtype != np.uint8:
         raise ValueError(
@@ -368,11 +368,11 @@ class PaliGemmaProcessor:
                     "num_image_tokens and image_size must be whole numbers from 1, "
                     f"not {num_image_tokens} and {image_size}"
                 )
+        token = _first_wrong_token(tokenizer)
         ids = {*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS)}
-        if ids.isdisjoint({None, tokenizer.unk_token_id}):  # all are in the vocabulary
-            if _first_wrong_token(tokenizer):
-                add_paligemma_tokens(tokenizer)
-        if token := _first_wrong_token(tokenizer):
+        if token and ids.isdisjoint({None, tokenizer.unk_token_id}):  # all have ids
+            token = _first_wrong_token(add_paligemma_tokens(tokenizer))
+        if token:
             raise ValueError(
                 f"{token} isn't one token of this tokenizer, in PaliGemma's order: "
                 "call add_paligemma_tokens(tokenizer) first, or take the checkpoint's"
