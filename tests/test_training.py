@@ -663,19 +663,19 @@ def test_what_was_trained_to_segment_can_segment(processor, started, capsys):
         assert torch.equal(tensor, saved.state_dict()[name]), name
 
 
-def test_space_is_checked_before_the_first_step(processor, started, monkeypatch):
-    usage = shutil.disk_usage(started)
-    for run, factor in (("new", 6), ("parts", 3)):  # a run needs two saves, then one
-        weights = (started / "last" / "model.safetensors").stat().st_size
-        free = usage._replace(free=factor * weights)
-        monkeypatch.setattr(shutil, "disk_usage", lambda place: free)
-        monkeypatch.setattr("vlm.training.make_scene", None)  # no step is taken
-        with pytest.raises(OSError, match="free in"):
-            if run == "new":
-                model = small_model(processor.tokenizer)
-                train(model, processor, CONFIG, started.parent / "new")
-            else:
-                resume(started, processor, CONFIG)
+@pytest.mark.parametrize("run, saves", [("new", 2), ("parts", 1)])
+def test_space_is_checked_before_the_first_step(
+    run, saves, processor, started, monkeypatch
+):
+    """For two saves, or one beside that which is there: weights and two moments."""
+    size = 3 * (started / "last" / "model.safetensors").stat().st_size
+    free = shutil.disk_usage(started)._replace(free=saves * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: free)
+    monkeypatch.setattr("vlm.training.make_scene", None)  # no step is taken
+    model, masks = small_model(processor.tokenizer), random_masks()
+    with pytest.raises(OSError, match="free in"):
+        folder, going_on = started.parent / run, run == "parts"
+        train(model, processor, CONFIG, folder, resume=going_on, vqvae=masks)
 
 
 @pytest.mark.parametrize(

@@ -111,11 +111,11 @@ __all__ = [
     "save_training_state",
     "saved_run",
     "check_run_folder",
+    "load_teacher",
+    "load_training_state",
     "run_settings",
     "saved_settings",
     "check_settings",
-    "load_teacher",
-    "load_training_state",
     "refuse_what_is_no_number",
     "TrainingLog",
     "validate",
@@ -869,6 +869,40 @@ def check_run_folder(folder: Path | None, resume: bool) -> None:
         )
 
 
+def load_teacher(folder: Path, teacher: Teacher) -> None:
+    """Read the teacher that `save_training_state` wrote beside a model.
+
+    A checkpoint without one leaves the teacher as it is. Raises ValueError for a
+    teacher that asks other questions.
+    """
+    path = folder / "training_state.safetensors"
+    if path.is_file():
+        tensors = load_file(path)
+        saved = {name: tensors.get(f"teacher.{name}") for name in teacher.state_dict()}
+        if None in saved.values():
+            raise ValueError(
+                f"{path} holds an earlier version's teacher: start a new run, with the "
+                "model of that folder but without this file"
+            )
+        teacher.load_state_dict(saved)
+
+
+def load_training_state(
+    folder: Path, lesson: Lesson, optimizer: torch.optim.Optimizer
+) -> int:
+    """Put a saved run back into lesson and optimizer; returns the step reached."""
+    place = saved_run(folder)
+    trained, _ = load_hf_model(place, "cpu")
+    lesson.model.load_state_dict(trained.state_dict())
+    load_teacher(place, lesson.teacher)
+    parameters = dict(lesson.named_parameters())
+    for key, value in load_file(place / "training_state.safetensors").items():
+        kind, _, name = key.partition(".")
+        if kind != "teacher":
+            optimizer.state[parameters[name]][kind] = value
+    return json.loads((place / "training_state.json").read_text())["step"]
+
+
 def run_settings(
     config: TrainingConfig,
     init: str | os.PathLike | None,
@@ -904,40 +938,6 @@ def check_settings(place: Path, settings: dict[str, Any]) -> None:
             f"the run in {place} has {'; '.join(other)}: resume it with its own "
             "settings, or start a new one with another output"
         )
-
-
-def load_teacher(folder: Path, teacher: Teacher) -> None:
-    """Read the teacher that `save_training_state` wrote beside a model.
-
-    A checkpoint without one leaves the teacher as it is. Raises ValueError for a
-    teacher that asks other questions.
-    """
-    path = folder / "training_state.safetensors"
-    if path.is_file():
-        tensors = load_file(path)
-        saved = {name: tensors.get(f"teacher.{name}") for name in teacher.state_dict()}
-        if None in saved.values():
-            raise ValueError(
-                f"{path} holds an earlier version's teacher: start a new run, with the "
-                "model of that folder but without this file"
-            )
-        teacher.load_state_dict(saved)
-
-
-def load_training_state(
-    folder: Path, lesson: Lesson, optimizer: torch.optim.Optimizer
-) -> int:
-    """Put a saved run back into lesson and optimizer; returns the step reached."""
-    place = saved_run(folder)
-    trained, _ = load_hf_model(place, "cpu")
-    lesson.model.load_state_dict(trained.state_dict())
-    load_teacher(place, lesson.teacher)
-    parameters = dict(lesson.named_parameters())
-    for key, value in load_file(place / "training_state.safetensors").items():
-        kind, _, name = key.partition(".")
-        if kind != "teacher":
-            optimizer.state[parameters[name]][kind] = value
-    return json.loads((place / "training_state.json").read_text())["step"]
 
 
 def refuse_what_is_no_number(step: int, values: dict[str, float]) -> None:
@@ -1037,6 +1037,18 @@ def make_accelerator(
     )
 
 
+def _make_loader(dataset: SceneDataset, first: int) -> DataLoader:
+    "All batches after the first `first` steps."
+    config = dataset.config
+    return DataLoader(
+        Subset(dataset, range(first * config.batch_size, len(dataset))),
+        batch_size=config.batch_size,
+        collate_fn=collate,
+        num_workers=config.num_workers,
+        prefetch_factor=4 if config.num_workers else None,
+    )
+
+
 def training_step(
     accelerator: Accelerator,
     learner: nn.Module,
@@ -1110,13 +1122,7 @@ def train(
     patch_size = model.config.vision_config.patch_size
     encode_mask = None if vqvae is None else vqvae.encode_mask
     dataset = SceneDataset(processor, patch_size, config, encode_mask)
-    loader = DataLoader(
-        Subset(dataset, range(first * config.batch_size, len(dataset))),
-        batch_size=config.batch_size,
-        collate_fn=collate,
-        num_workers=config.num_workers,
-        prefetch_factor=4 if config.num_workers else None,
-    )
+    loader = _make_loader(dataset, first)
     learner, optimizer, loader = accelerator.prepare(lesson, optimizer, loader)
     log = TrainingLog(folder if accelerator.is_main_process else None, first)
     bar = tqdm(
