@@ -48,6 +48,7 @@ from vlm.training import (
     sincos_positions,
     token_losses,
     train,
+    validate,
 )
 from vlm.weights import load_hf_model, save_hf_model
 
@@ -762,6 +763,14 @@ def test_evaluation_goes_into_the_log(world_tokenizer, processor):
     log = train(model, processor, config, evaluate=evaluate)
     assert [e["score"] for e in log if "score" in e] == [0.1, 0.2]
     assert modes == [False, False] and not model.training
+
+
+def test_validation_encodes_a_picture_once(world_tokenizer, processor):
+    model = small_model(world_tokenizer).eval()
+    with overhear(model.vision_tower) as features:
+        right = validate(model, processor, num_scenes=2)
+    assert sum(len(batch) for batch in features) == 2
+    assert set(right) == {"caption", "count", "relation", "presence"}
 
 
 def test_log_refuses_what_is_no_number(tmp_path):

@@ -1007,7 +1007,7 @@ def validate(
         rng = random.Random(seed)
         tasks = ("caption", "count", "relation", "presence")
         questions = [sample_question(scene, task, rng) for task in tasks]
-        inputs = processor([q.prompt for q in questions], [scene.image] * len(tasks))
+        inputs = processor([q.prompt for q in questions], [scene.image])
         texts = generate(model, processor.tokenizer, inputs, max_new_tokens=48)
         for question, text in zip(questions, texts, strict=True):
             right.setdefault(question.task, []).append(text == question.answer)
