@@ -533,8 +533,11 @@ def object_strings(
     """The answer to `detect a ; b`: each thing's four loc tokens and label.
 
     From left to right. With `encode_mask` (mask crop → 16 codes) it is the answer to
-    `segment`. Nothing of these kinds there: the empty string.
+    `segment`. Nothing of these kinds there: the empty string. Raises ValueError for one
+    name that isn't in a list.
     """
+    if isinstance(kinds, str):
+        raise ValueError(f"kinds must be several names: write [{kinds!r}]")
     kinds = set(kinds)
     side = scene.image.width
     answers = []
