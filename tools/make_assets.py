@@ -121,8 +121,8 @@ PHOTOS: dict[str, tuple[Package, str]] = {
 }
 
 # Kind -> its Unicode code point. Chosen to be everyday things with a short name, drawn
-# as the same thing in the first four styles, unlike one another, and without a background
-# square or disc behind them. The fifth style has three quarters of them: see FXEMOJI_LACKS.
+# as the same thing in the first four styles, unlike one another, and without a
+# background square or disc. The fifth style has three quarters: see FXEMOJI_LACKS.
 KINDS: dict[str, str] = {
     "airplane": "2708",
     "alarm clock": "23f0",
@@ -253,8 +253,8 @@ FXEMOJI_NAMES = {
     "tiger": "tigerside",
     "whale": "spurtingwhale",
 }
-# What that set doesn't draw, or draws as something else: a bunch of bananas, a ball above
-# a hoop, a sailboat on a square of sky, a folded umbrella.
+# What that set doesn't draw, or draws as something else: a bunch of bananas, a ball
+# above a hoop, a sailboat on a square of sky, a folded umbrella.
 FXEMOJI_LACKS = {
     *("avocado", "bat", "butterfly", "carrot", "chair", "crab", "cupcake", "drum"),
     *("duck", "flamingo", "giraffe", "hedgehog", "hot dog", "lion", "magnet", "owl"),
