@@ -55,7 +55,6 @@ __all__ = [
     "INSTEAD",
     "FLOAT_TYPES",
     "STRANGE_NAMES",
-    "OTHER_CONFIG",
     "READ_AHEAD",
     "ADAPTER_CONFIG",
     "ADAPTER_FILE",
@@ -356,7 +355,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     for name, (file, _, _) in promised.items():
         if name not in found or found[name].file != file:
             raise ValueError(
-                f"{index} promises {name} in {file.name}, and it isn't there: fetch "
+                f"{index} promises {name[:80]} in {file.name}, and it isn't there: fetch "
                 "both files again"
             )
     return found
@@ -374,11 +373,14 @@ STRANGE_NAMES = {
     r"qweight|absmax|quant_|SCB|_scale\b|_packed": "They are quantized: give the "
     "checkpoint that they were made from",
 }
-OTHER_CONFIG = "Give the config.json that belongs to these tensors"
 
 
-def _misfit(tensors: dict[str, StoredTensor], why: str, advice: str) -> ValueError:
+def _misfit(tensors: dict[str, StoredTensor], why: str) -> ValueError:
     folder = next((stored.file.parent for stored in tensors.values()), "the checkpoint")
+    advice = "Give the config.json that belongs to these tensors"
+    for kind, meaning in STRANGE_NAMES.items():
+        if any(re.search(kind, name) for name in tensors):
+            advice = meaning
     why = shorten(why, 160, placeholder=" …")
     return ValueError(f"{folder} doesn't fit its config.json: {why}. {advice}")
 
@@ -390,9 +392,9 @@ def check_counts(config: PaliGemmaConfig, tensors: dict[str, StoredTensor]) -> N
     """
     names = {canonical_name(name): stored for name, stored in tensors.items()}
     vision, text = config.vision_config, config.text_config
-    layers = [re.match(r"(\w+)\..*?layers\.(\d+)\.", name) for name in names]
-    pairs = {found.groups() for found in layers if found}
-    held = Counter(part for part, _ in pairs)
+    layer = re.compile(r"(vision_tower|language_model)\..*layers\.(\d+)\.")
+    layers = {found.groups() for found in map(layer.search, names) if found}
+    held = Counter(part for part, _ in layers)
     rows = names[POSITIONS].shape if POSITIONS in names else None
     for what, promised, count in (
         ("vision layers", vision.num_hidden_layers, held["vision_tower"]),
@@ -401,7 +403,7 @@ def check_counts(config: PaliGemmaConfig, tensors: dict[str, StoredTensor]) -> N
     ):
         if promised > count:
             why = f"it promises {promised} {what}, and tensors are there for {count}"
-            raise _misfit(tensors, why, OTHER_CONFIG)
+            raise _misfit(tensors, why)
 
 
 def check_tensors(
@@ -429,12 +431,8 @@ def check_tensors(
     missing = [name for name in expected if name not in seen and name != may_miss]
     problems += [f"missing {name}" for name in missing]
     if problems:
-        why = "; ".join(problems)
-        known = [
-            advice for kind, advice in STRANGE_NAMES.items() if re.search(kind, why)
-        ]
         more = f"{len(problems)} tensors: " if len(problems) > 1 else ""
-        raise _misfit(tensors, more + why, known[0] if known else OTHER_CONFIG)
+        raise _misfit(tensors, more + "; ".join(problems))
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
@@ -635,10 +633,9 @@ def read_config(folder: Path) -> PaliGemmaConfig:
     config = PaliGemmaConfig.from_pretrained(folder)
     quantized = json.loads(path.read_text("utf-8")).get("quantization_config")
     if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise ValueError(
-            f"{path} says that the weights are quantized ({shorten(str(method), 40)}): "
-            "give the checkpoint that they were made from"
+            f"{path} says that the weights are quantized: give the checkpoint that "
+            "they were made from"
         )
     return config
 
@@ -669,9 +666,10 @@ def apply_adapter(model: PaliGemmaForConditionalGeneration, folder: Path) -> Non
     for name, tensor in whole.items():  # what was trained whole beside the adapters
         own[name].copy_(tensor)
     try:
+        kind = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8")).get("peft_type")
+        if kind != "LORA":
+            raise ValueError(f"it is {kind}, and only LORA is read")
         config = LoraConfig.from_pretrained(folder)
-        if config.peft_type != "LORA":
-            raise ValueError(f"{config.peft_type} is not LORA")
         config.target_modules, config.modules_to_save = targets, None
         config.exclude_modules = config.layers_to_transform = None
         for pattern in ("rank_pattern", "alpha_pattern"):
@@ -689,7 +687,8 @@ def apply_adapter(model: PaliGemmaForConditionalGeneration, folder: Path) -> Non
             )
         adapters.merge_and_unload()
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{folder}'s adapter can't be merged: {error}") from error
+        why = shorten(str(error), 160, placeholder=" …")
+        raise ValueError(f"{folder}'s adapter can't be merged: {why}") from error
     model.requires_grad_(True)
 
 
