@@ -1317,7 +1317,7 @@ def adapted(model, **settings):
     settings = {"r": 2, "target_modules": ["q_proj", "fc1", "linear"], **settings}
     wrapped = get_peft_model(model, LoraConfig(**settings))
     with torch.no_grad():
-        for name, weight in wrapped.named_parameters():
+        for weight in wrapped.parameters():
             if weight.requires_grad:
                 weight.add_(0.1 * torch.randn_like(weight))
     return wrapped.eval()
