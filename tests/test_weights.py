@@ -330,6 +330,11 @@ def test_checked_before_a_weight_is_read(copy, monkeypatch):
         load_hf_model(copy, "cpu")
 
 
+def test_numbers_are_read_only_where_two_names_must_agree(copy, monkeypatch):
+    monkeypatch.setattr(torch, "equal", pytest.fail)
+    load_hf_model(copy, "cpu")
+
+
 def test_all_problems_at_once(model, copy):
     rewrite(copy, lambda t: transposed(DAMAGES["missing"][0](t)))
     with pytest.raises(ValueError, match="has shape .*; missing"):

@@ -509,11 +509,13 @@ def stored_dtype(tensors: dict[str, StoredTensor]) -> torch.dtype:
 def check_tied(tensors: dict[str, StoredTensor]) -> None:
     """Raise a ValueError where files hold an output head that isn't the embedding."""
     pair = [name for name in tensors if canonical_name(name) in (EMBEDDING, TIED)]
+    if len(pair) < 2:
+        return
     numbers = []
     for name in pair:
         with safe_open(tensors[name].file, "pt") as file:
             numbers.append(file.get_tensor(name))
-    if not torch.equal(numbers[0], numbers[-1]):
+    if not torch.equal(*numbers):
         raise ValueError(
             f"{pair[0]} and {pair[1]} differ in {tensors[pair[0]].file.parent}: in "
             "PaliGemma they are one tensor. Give a checkpoint that was trained so"
