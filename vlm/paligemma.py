@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import PaliGemmaConfig
-from .gemma import build_language_model, positions_from_mask
+from .gemma import build_language_model, check_ids, positions_from_mask
 from .kv_cache import KVCache, StaticKVCache
-from .merging import merge_image_features, prefix_lm_mask, share_pictures
+from .merging import (
+    may_read,
+    merge_image_features,
+    prefix_lm_mask,
+    share_pictures,
+)
 from .projector import PaliGemmaMultiModalProjector
 from .siglip import SiglipVisionModel
 
@@ -109,17 +114,18 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         pixel_values: Float[Tensor, "pictures C S S"] | None,
     ) -> Float[Tensor, "B T D"]:
         """Token embeddings, with the pictures' features at the image tokens."""
+        check_ids("input_ids", input_ids)
         image_mask = input_ids == self.config.image_token_index  # [B, T]
         # The image token's id may lie outside the table, and its row is never used.
         token_ids = input_ids.masked_fill(image_mask, self.config.pad_token_id)
         inputs_embeds = self.language_model.model.embed(token_ids)  # [B, T, D]
         if pixel_values is not None:
             features = self.encode_images(pixel_values)  # [pictures, N, D]
-            features = share_pictures(features, len(input_ids))  # [B, N, D]
+            features = share_pictures(features, input_ids.shape[0])  # [B, N, D]
             return merge_image_features(inputs_embeds, features, image_mask)
-        if image_mask.any():
+        if may_read(image_mask) and image_mask.any():
             raise ValueError("image tokens need pixel_values and an empty cache")
-        return inputs_embeds
+        return inputs_embeds.masked_fill(image_mask[..., None], float("nan"))
 
     def forward(
         self,
@@ -142,16 +148,18 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         - `labels`: ids to learn, or -100. `logits_to_keep`: the last n places, 0 all.
 
         Returns `logits` [B, T, V], `kv_cache`, `loss` given labels, `attentions` (each
-        layer's [B, H, T, M]) if asked. Raises ValueError where shapes disagree.
+        layer's [B, H, T, M]) if asked. Raises ValueError where shapes disagree, and on
+        the CPU where image tokens and pictures do; elsewhere these make the logits NaN.
         """
         if labels is not None and token_type_ids is None:
             raise ValueError(
                 "labels need token_type_ids too, or the answer sees its own future"
             )
         past = kv_cache.num_items() if kv_cache is not None else 0
+        inputs_embeds = self.embed_inputs(input_ids, None if past else pixel_values)
         mask, places = place_tokens(input_ids, past, attention_mask, token_type_ids)
         outputs = self.language_model(
-            inputs_embeds=self.embed_inputs(input_ids, None if past else pixel_values),
+            inputs_embeds=inputs_embeds,
             attention_mask=mask,  # [B, 1, T, M]
             kv_cache=kv_cache,
             position_ids=places if position_ids is None else position_ids,
@@ -159,6 +167,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             output_attentions=output_attentions,
         )
         if labels is not None:
+            check_ids("labels", labels, input_ids.shape)
             labels = labels[:, -logits_to_keep:]  # -0 keeps all of them
             outputs["loss"] = next_token_loss(outputs["logits"], labels)
         return outputs
