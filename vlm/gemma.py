@@ -22,10 +22,10 @@ __all__ = [
     "GemmaMLP",
     "GemmaDecoderLayer",
     "GemmaModel",
-    "check_ids",
     "causal_mask",
     "positions_from_mask",
     "pad_to_keys",
+    "check_ids",
     "GemmaForCausalLM",
     "build_language_model",
 ]
@@ -46,7 +46,7 @@ class GemmaMLP(nn.Module):
 
     def forward(self, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Widen twice, multiply, narrow."""
-        gate = self.gate_proj(hidden_states)  # [B, T, inner]
+        gate = self.gate_proj(hidden_states)  # [B, T, F]
         gate = F.gelu(gate, approximate="tanh")
         return self.down_proj(gate * self.up_proj(hidden_states))  # [B, T, D]
 
@@ -117,7 +117,7 @@ class GemmaModel(nn.Module):
     def layer_masks(
         self, attention_mask: Bool[Tensor, "B 1 T M"], past: int
     ) -> list[Bool[Tensor, "B 1 T M"]]:
-        """Each layer's mask for the tokens behind `past` cached ones: all the same."""
+        """Each layer's mask for the tokens after `past` cached ones: all the same."""
         return [attention_mask] * len(self.layers)
 
     def forward(
@@ -141,16 +141,6 @@ class GemmaModel(nn.Module):
             if output_attentions:
                 attentions.append(weights)
         return self.norm(hidden_states), attentions
-
-
-def check_ids(name: str, ids: Any, shape: Sequence[int] | None = None) -> None:
-    """Raise ValueError unless `ids` are whole numbers [B, T], or of another `shape`."""
-    is_tensor = isinstance(ids, Tensor)
-    fits = is_tensor and (ids.ndim == 2 if shape is None else ids.shape == shape)
-    if not fits or ids.dtype not in (torch.int64, torch.int32):
-        expected = "[batch, tokens]" if shape is None else list(shape)
-        got = f"{ids.dtype} {list(ids.shape)}" if is_tensor else type(ids).__name__
-        raise ValueError(f"{name} must be int64 {expected}, not {got}")
 
 
 def causal_mask(
@@ -185,6 +175,16 @@ def pad_to_keys(
         return mask
     empty = kv_cache.key_length(mask.shape[2]) - mask.shape[3]
     return F.pad(mask, (0, empty)) if empty else mask
+
+
+def check_ids(name: str, ids: Any, shape: Sequence[int] | None = None) -> None:
+    """Raise ValueError unless `ids` are whole numbers [B, T], or of another `shape`."""
+    is_tensor = isinstance(ids, Tensor)
+    fits = is_tensor and (ids.ndim == 2 if shape is None else ids.shape == shape)
+    if not fits or ids.dtype not in (torch.int64, torch.int32):
+        expected = "[batch, tokens]" if shape is None else list(shape)
+        got = f"{ids.dtype} {list(ids.shape)}" if is_tensor else type(ids).__name__
+        raise ValueError(f"{name} must be int64 {expected}, not {got}")
 
 
 def _mask_and_positions(
