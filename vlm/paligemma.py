@@ -55,8 +55,9 @@ def place_tokens(
     - `token_type_ids` [B, M]; None: all prefix, but what follows a filled cache is
       suffix.
 
-    Raises ValueError where either has another shape.
+    Raises ValueError for ids of another kind, and where the others have another shape.
     """
+    check_ids("input_ids", input_ids)
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask, None
     batch, num_new = input_ids.shape
@@ -114,7 +115,6 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         pixel_values: Float[Tensor, "pictures C S S"] | None,
     ) -> Float[Tensor, "B T D"]:
         """Token embeddings, with the pictures' features at the image tokens."""
-        check_ids("input_ids", input_ids)
         image_mask = input_ids == self.config.image_token_index  # [B, T]
         # The image token's id may lie outside the table, and its row is never used.
         token_ids = input_ids.masked_fill(image_mask, self.config.pad_token_id)
@@ -148,18 +148,15 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         - `labels`: ids to learn, or -100. `logits_to_keep`: the last n places, 0 all.
 
         Returns `logits` [B, T, V], `kv_cache`, `loss` given labels, `attentions` (each
-        layer's [B, H, T, M]) if asked. Raises ValueError where shapes disagree, and on
-        the CPU where image tokens and pictures do; elsewhere these make the logits NaN.
+        layer's [B, H, T, M]) if asked. Raises ValueError where shapes disagree, and
+        where image tokens and pictures do: on the CPU, elsewhere the logits are NaN.
         """
         if labels is not None and token_type_ids is None:
-            raise ValueError(
-                "labels need token_type_ids too, or the answer sees its own future"
-            )
+            raise ValueError("labels need token_type_ids, or answers see their future")
         past = kv_cache.num_items() if kv_cache is not None else 0
-        inputs_embeds = self.embed_inputs(input_ids, None if past else pixel_values)
         mask, places = place_tokens(input_ids, past, attention_mask, token_type_ids)
         outputs = self.language_model(
-            inputs_embeds=inputs_embeds,
+            inputs_embeds=self.embed_inputs(input_ids, None if past else pixel_values),
             attention_mask=mask,  # [B, 1, T, M]
             kv_cache=kv_cache,
             position_ids=places if position_ids is None else position_ids,
