@@ -42,7 +42,7 @@ __all__ = [
 def apply_temperature(
     logits: Float[Tensor, "B V"], temperature: float
 ) -> Float[Tensor, "B V"]:
-    """Divide by the temperature (> 0): under 1 sharpens the choice, over 1 evens it.
+    """Divide by the temperature (> 0): under 1 sharpens the choice, over 1 flattens it.
 
     The largest logit becomes 0 first, so that a tiny temperature can't overflow.
     """
@@ -277,7 +277,8 @@ class TextDecoder:
         self.tokenizer = tokenizer
         special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)
         self.hidden = {i for t, i in special if not t.startswith(("<loc", "<seg"))}
-        self.hidden.add(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.hidden |= {tokenizer.eos_token_id, image_id}
         self.token_ids: list[int] = []
         self.text = ""
 
