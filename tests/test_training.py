@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,6 +35,7 @@ from vlm.training import (
     learning_rate_at,
     load_teacher,
     main,
+    make_accelerator,
     make_tokenizer,
     mask_plans,
     overhear,
@@ -547,6 +549,27 @@ def test_resumed_run_equals_one_in_one_go(world_tokenizer, processor, tmp_path):
     assert [json.loads(line) for line in lines] == straight
 
 
+def test_trainings_follow_each_other_in_one_process(world_tokenizer, processor):
+    """Whatever the one before computed in, each is as it would be on its own."""
+    config = replace(CONFIG, patch_steps=0, steps=1)
+    logs = []
+    for mixed_precision in ("no", "bf16", "no"):
+        settings = replace(config, mixed_precision=mixed_precision)
+        logs.append(train(small_model(world_tokenizer), processor, settings))
+    assert logs[0] == logs[2] != logs[1]
+    assert logs[1][0]["text"] == pytest.approx(logs[0][0]["text"], rel=0.02)
+
+
+def test_another_device_than_the_run_before(monkeypatch):
+    """On a GPU, then on the CPU, and back: PyTorch's meta device plays the GPU."""
+    for name, cpu in (("meta", False), ("cpu", True), ("meta", False)):
+        with monkeypatch.context() as patch:
+            if not cpu:
+                patch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+            assert make_accelerator(cpu=cpu).device.type == name
+    assert make_accelerator().device.type != "meta"
+
+
 @pytest.mark.parametrize("name", ["last", "last.old"])
 def test_run_is_never_overwritten(world_tokenizer, processor, tmp_path, name):
     (tmp_path / name).mkdir()
@@ -609,16 +632,20 @@ def test_a_loss_that_is_no_number_is_never_saved(world_tokenizer, processor, tmp
 
 
 SCRIPT = """
-import json, sys
+import sys
+from dataclasses import replace
 import torch
 sys.path[:0] = [{tests!r}]
 from test_training import TWO, random_masks, small_model
 from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
-from vlm.training import make_tokenizer, train
+from vlm.training import make_accelerator, make_tokenizer, train
 torch.set_num_threads(1)
 tokenizer = make_tokenizer(num_scenes=50)
 processor = PaliGemmaProcessor(tokenizer, num_image_tokens=16, image_size=64)
+before = replace(TWO, patch_steps=0, steps=1, mixed_precision="bf16")
+train(small_model(tokenizer), processor, before, vqvae=random_masks())
 train(small_model(tokenizer), processor, TWO, {folder!r}, vqvae=random_masks())
+print(f"one of {{make_accelerator().num_processes}} processes")
 """
 
 
@@ -629,10 +656,17 @@ def test_two_processes_have_the_loss_of_one(world_tokenizer, processor, tmp_path
     script = tmp_path / "run.py"
     tests = str(Path(__file__).parent)
     script.write_text(SCRIPT.format(tests=tests, folder=str(tmp_path / "two")))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # Not `accelerate launch --cpu --num_processes 2`: that starts a single process.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc_per_node", "2", str(script)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("of 2 processes") == 2, done.stdout
     lines = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
     two = [json.loads(line) for line in lines]
     assert [e["step"] for e in two] == [e["step"] for e in one]

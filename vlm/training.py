@@ -24,6 +24,7 @@ from accelerate import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
 )
+from accelerate.state import AcceleratorState
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -110,6 +111,7 @@ __all__ = [
     "refuse_what_is_no_number",
     "TrainingLog",
     "validate",
+    "make_accelerator",
     "training_step",
     "train",
     "build_parser",
@@ -947,6 +949,26 @@ def validate(
 Evaluate = Callable[[PaliGemmaForConditionalGeneration, int], dict[str, float]]
 
 
+def make_accelerator(
+    mixed_precision: str = "no", cpu: bool = False, **settings: Any
+) -> Accelerator:
+    """An `Accelerator` with whole batches, whatever runs came before in this process.
+
+    Under a launcher with several processes the device stays that of the first run.
+    """
+    # Accelerate keeps number format and device for the life of a process, refuses
+    # another format, and takes another device without a word. Forgetting both is the
+    # only way to a second run; a group of processes can't be forgotten.
+    alone = not torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=alone)
+    return Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=cpu,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        **settings,
+    )
+
+
 def training_step(
     accelerator: Accelerator,
     learner: nn.Module,
@@ -997,11 +1019,8 @@ def train(
     is no longer a number.
     Runs on one process or, under `accelerate launch`, on several with the same loss.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = make_accelerator(config.mixed_precision, kwargs_handlers=[ddp])
     torch.manual_seed(config.seed)
     folder = Path(output) if output is not None else None
     check_run_folder(folder, resume)

@@ -9,8 +9,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -655,6 +655,18 @@ def require_space(folder: str | os.PathLike, num_bytes: int) -> None:
         raise OSError(errno.ENOSPC, needs)
 
 
+@contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+    "The libraries' errors for a full disk, which aren't OSErrors, become one."
+    try:
+        yield
+    except Exception as error:
+        if "No space left" in str(error):
+            text = f"no space left while writing into {folder}: nothing was replaced"
+            raise OSError(errno.ENOSPC, text) from error
+        raise
+
+
 def tensors_to_save(
     model: nn.Module,
 ) -> tuple[PaliGemmaForConditionalGeneration, dict[str, Tensor]]:
@@ -668,18 +680,25 @@ def tensors_to_save(
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if inner is None:
             raise ValueError(
-                f"a {type(model).__name__} can't be saved as a checkpoint: with peft, "
-                "save what merge_and_unload() returns, or the adapter alone by its own "
-                "save_pretrained"
+                f"a {type(model).__name__} of {type(model).__module__} isn't saved "
+                "here: of peft's, save what merge_and_unload() returns, or the adapter "
+                "by its own save_pretrained"
             )
     state = {canonical_name(name): t for name, t in inner.state_dict().items()}
-    wanted = empty_model(inner.config).state_dict()
-    shapes, expected = ({n: t.shape for n, t in s.items()} for s in (state, wanted))
-    if odd := sorted(name for name, _ in shapes.items() ^ expected.items()):
+    wanted = {n: t.shape for n, t in empty_model(inner.config).state_dict().items()}
+    plain = {
+        (name, tensor.shape)
+        for name, tensor in state.items()
+        if type(tensor) is Tensor and tensor.dtype in FLOAT_TYPES.values()
+    }
+    if odd := sorted({*state, *wanted} - dict(plain & wanted.items()).keys()):
         raise ValueError(
-            f"{odd[0]} doesn't fit the model's config, so nobody could load it: with "
-            "adapters inside, save what peft's merge_and_unload() returns"
+            f"{odd[0]} isn't a plain tensor like the model's config says, and nobody "
+            "could load it: merge adapters (peft's merge_and_unload), gather shards, "
+            "save before quantizing"
         )
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ValueError("a model on the meta device has no weights to save")
     head = state.pop(TIED)
     if head is not state[EMBEDDING] and not torch.equal(head, state[EMBEDDING]):
         raise ValueError(f"{TIED} isn't {EMBEDDING} any more: call tie_weights first")
@@ -735,16 +754,12 @@ def save_hf_model(
     model, state = tensors_to_save(model)
     companions = find_companions(model, folder, companions_from)
     size = sum(tensor.nbytes for tensor in state.values())
-    require_space(folder, size + sum(file.stat().st_size for file in companions))
+    require_space(folder, size)  # nothing is begun that can't end well
     folder.mkdir(parents=True, exist_ok=True)
     finish_save(folder)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, _full_disk(folder):
         staged = Path(scratch, "complete")
-        staged.mkdir()
-        save_torch_state_dict(state, staged, max_shard_size=max_shard_size)
         model.config.save_pretrained(staged)
-        for file in staged.glob("*.safetensors"):  # made readable for the owner alone
-            shutil.copymode(staged / "config.json", file)
         tokenizer.save_pretrained(staged)
         for name, values in (
             ("preprocessor_config.json", preprocessor_config(model.config)),
@@ -754,6 +769,10 @@ def save_hf_model(
             (staged / name).write_text(text, encoding="utf-8")
         for file in companions:
             shutil.copyfile(file, staged / file.name)
+        require_space(folder, size)
+        save_torch_state_dict(state, staged, max_shard_size=max_shard_size)
+        for file in staged.glob("*.safetensors"):  # made readable for the owner alone
+            shutil.copymode(staged / "config.json", file)
         os.replace(staged, folder / STAGED)
     finish_save(folder)
 
