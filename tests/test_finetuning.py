@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
 from reference import close, random_inputs, randomize, tiny_config
 from torch import nn
@@ -25,6 +23,7 @@ from vlm.finetuning import (
     check_lengths,
     choose_parameters,
     choose_trained,
+    complete,
     epoch_ends,
     finetune,
     finetuning_step,
@@ -37,21 +36,12 @@ from vlm.finetuning import (
     model_card,
     read_rows,
     row_order,
-    write_checkpoint,
 )
 from vlm.paligemma import PaliGemmaForConditionalGeneration
-from vlm.training import make_optimizer
+from vlm.training import make_accelerator, make_optimizer
 from vlm.weights import load_hf_model, make_processor, save_hf_model
 
 QUICK = ["--epochs", "2", "--batch_size", "4", "--learning_rate", "3e-3", "--only_cpu"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one number format for a process; here each test has its own."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
 
 
 def tiny_model(dtype=torch.float32):
@@ -201,7 +191,7 @@ def test_any_part_can_be_trained_under_bfloat16(pattern):
 
 def step_once(model, parts, learning_rate=1e-2, mixed="no"):
     """One step of fine-tuning with AdamW; returns the optimizer."""
-    accelerator = Accelerator(cpu=True, mixed_precision=mixed)
+    accelerator = make_accelerator(mixed, cpu=True)
     config = FineTuningConfig(learning_rate=learning_rate)
     learner = AnswerLoss(model)
     learner, optimizer = accelerator.prepare(
@@ -240,7 +230,7 @@ def test_parts_make_the_same_step_as_one_batch(sizes):
     # SGD instead of AdamW: its step is the gradient, so nothing hides a factor.
     losses = []
     for model, pieces in ((whole, [inputs]), (parts, cut(inputs, sizes))):
-        accelerator = Accelerator(cpu=True)
+        accelerator = make_accelerator(cpu=True)
         learner, optimizer = accelerator.prepare(
             AnswerLoss(model), torch.optim.SGD(model.parameters(), lr=0.1)
         )
@@ -314,7 +304,7 @@ def test_rows_may_have_empty_lines_and_a_byte_order_mark(data):
     odd = data / "odd.txt"  # a file may be given outright
     odd.write_text("\ufeff\n" + lines.replace("\n", "\n\n"), encoding="utf-8")
     rows = read_rows(odd)
-    assert len(rows) == 12 and rows[1].where == "odd.txt line 4"
+    assert len(rows) == 12 and rows[1].where.endswith("/odd.txt line 4")
     assert rows[0].image == data / "0.png"
     odd.unlink()
 
@@ -377,7 +367,7 @@ def test_the_loss_after_is_that_of_the_saved_weights(checkpoints, folder):
     log = finetune("mine", "new", config, checkpoints / "bfloat16")
     card = Path("new/README.md").read_text()
     assert "| dtype | bfloat16 |" in card and "bfloat16, fine-tuned with" in card
-    _, held = hold_out(read_rows("mine"), config.held_out, config.seed)
+    _, held = hold_out(read_rows(Path("mine/labels.jsonl")), config.held_out, config.seed)
     for path, entry in ((checkpoints / "bfloat16", log[0]), ("new", log[-1])):
         model, tokenizer = load_hf_model(path, "cpu")
         assert model.dtype == torch.bfloat16
@@ -511,17 +501,16 @@ def test_the_card_of_googles_children_carries_gemmas_terms(tmp_path, monkeypatch
     monkeypatch.setattr("vlm.finetuning.find_checkpoint", pytest.fail)
     base = Base.of("google/paligemma-3b-pt-224@bfloat16")
     data = dict.fromkeys(
-        ("file sha256 rows pictures held_out_rows held_out_pictures tasks").split(), 1
+        "files rows pictures held_out_rows held_out_pictures tasks".split(), 1
     )
     card = model_card("mine", base, data, {"epochs": 3}, 2.0, 0.5)
     assert "license: gemma\nbase_model: google/paligemma-3b-pt-224\n---" in card
     assert "google/paligemma-3b-pt-224@bfloat16, fine-tuned with" in card
     assert "Gemma Terms of Use" in license_note("gemma")
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / "log.jsonl").write_text("")
-    monkeypatch.setattr("vlm.finetuning.save_hf_model", lambda m, t, f: f.mkdir())
-    write_checkpoint(tiny_model(), None, work, tmp_path / "new", card)
+    staged = tmp_path / "work" / "checkpoint"
+    staged.mkdir(parents=True)
+    (staged.parent / "log.jsonl").write_text("")
+    complete(staged, tmp_path / "new", card)
     assert "ai.google.dev/gemma/terms" in (tmp_path / "new" / "NOTICE").read_text()
 
 
@@ -568,13 +557,13 @@ GOOD = {"image": "0.png", "prefix": "caption en", "suffix": "an owl"}
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{'image': 1}", "labels.jsonl line 3 is no JSON"),
+        ("{'image': 1}", "labels.jsonl line 3 is not valid JSON"),
         ("[1, 2]", "labels.jsonl line 3 must be an object"),
         (GOOD | {"answer": "owl"}, "labels.jsonl line 3: unknown key 'answer'"),
         ({"image": "0.png", "prefix": "a"}, "labels.jsonl line 3: 'suffix' is missing"),
         (GOOD | {"suffix": 7}, "labels.jsonl line 3: suffix must be text, not 7"),
-        (GOOD | {"suffix": " "}, "labels.jsonl line 3: suffix is empty"),
-        (GOOD | {"prefix": "<image>a"}, "labels.jsonl line 3: prefix contains <image>"),
+        (GOOD | {"prefix": "\n "}, "labels.jsonl line 3: prefix is empty"),
+        (GOOD | {"prefix": "<image>a"}, "labels.jsonl line 3: '<image>a'"),
         (GOOD | {"image": "no.png"}, "labels.jsonl line 3: no image file at mine"),
         (GOOD | {"image": "labels.jsonl"}, "labels.jsonl line 3: mine"),
         (GOOD | {"suffix": "owl " * 300}, "labels.jsonl line 3: "),
@@ -606,7 +595,7 @@ def test_a_row_that_is_too_long_says_by_how_much(checkpoints):
         (["--model_path", "nowhere"], "no folder nowhere"),
         (["--train", "voice.*"], "no parameter is named like 'voice.*'"),
         (["--train", "*norm*", "--lora_rank", "2"], "LoRA works on linear maps"),
-        (["--held_out", "0.99"], "too few to hold"),
+        (["--held_out", "0.99"], "too few"),
         (["--held_out", "1.5"], "held_out must be a share"),
         (["--epochs", "0"], "epochs must be positive"),
         (["--lora_rank", "-1"], "lora_rank must not be negative"),

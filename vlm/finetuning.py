@@ -80,7 +80,6 @@ __all__ = [
     "choose_parameters",
     "linear_maps",
     "add_lora",
-    "save_adapter",
     "choose_trained",
     "finish",
     "gradient_checkpointing",
@@ -107,6 +106,7 @@ __all__ = [
     "epoch_ends",
     "row_order",
     "make_loader",
+    "save_adapter",
     "complete",
     "check_space",
     "FineTuning",
@@ -358,13 +358,6 @@ def add_lora(
     targets = linear_maps(model, names)
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     return get_peft_model(model, config)
-
-
-def save_adapter(adapters: "PeftModel", folder: Path, base: Base) -> None:
-    """Write the adapters alone, in peft's layout, with the name of their base."""
-    config = adapters.peft_config["default"]
-    config.base_model_name_or_path, config.revision = base.path, base.revision
-    adapters.save_pretrained(folder, save_embedding_layers=False)
 
 
 def choose_trained(
@@ -922,6 +915,14 @@ def make_loader(
     )
 
 
+def save_adapter(adapters: "PeftModel", folder: Path, base: Base) -> None:
+    """Write the adapters alone, in peft's layout, with the name of their base."""
+    shutil.rmtree(folder, ignore_errors=True)
+    config = adapters.peft_config["default"]
+    config.base_model_name_or_path, config.revision = base.path, base.revision
+    adapters.save_pretrained(folder, save_embedding_layers=False)
+
+
 def complete(staged: Path, output: Path, card: str) -> None:
     """Let `output` appear: what is `staged` in the run's folder, card, log, notice.
 
@@ -979,12 +980,11 @@ class FineTuning:
         torch.manual_seed(config.seed)  # of what adapters start as
         self.adapters = choose_trained(self.model, config.train, config.lora_rank)
         described = (self.model, settings["sha256"], self.rows, self.held, self.config)
-        self.data, self.recipe = describe_run(*described)
+        self.about = describe_run(*described)  # data and recipe
         self.learner = AnswerLoss(self.model)
         self.schedule = config.schedule(len(self.rows))
         self.optimizer = make_optimizer(self.learner, self.schedule)
-        state = (self.work, self.model, self.optimizer)
-        self.first = load_state(*state) if resume else 0
+        self.first = load_state(self.work, self.model, self.optimizer) if resume else 0
         self.main = self.accelerator.is_main_process
         if self.main:
             check_space(self.work, self.model, self.config)
@@ -1028,8 +1028,6 @@ class FineTuning:
     def publish(self) -> None:
         """Merge, round, measure, let `output` appear; until then the state is there."""
         staged, alone = self.work / "checkpoint", self.config.save_adapter
-        if self.main:
-            shutil.rmtree(staged, ignore_errors=True)
         if self.main and alone:
             save_adapter(self.adapters, staged, self.base)
         finish(self.model, self.adapters, self.dtype)
@@ -1039,8 +1037,8 @@ class FineTuning:
         self.log.write(self.schedule.steps, held_out=after)
         if self.main:
             losses = (self.log.entries[0]["held_out"], after)
-            about = (self.output.name, self.base, self.data, self.recipe, *losses)
-            complete(staged, self.output, model_card(*about, is_adapter=alone))
+            card = model_card(self.output.name, self.base, *self.about, *losses, alone)
+            complete(staged, self.output, card)
         self.accelerator.wait_for_everyone()
 
 
