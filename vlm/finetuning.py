@@ -33,7 +33,14 @@ from tqdm import tqdm
 from .detection import split_objects
 from .inference import OneLineParser, advice, note, read_switch
 from .paligemma import PaliGemmaForConditionalGeneration
-from .processing import PaliGemmaProcessor, load_image, locs_to_box, segs_to_codes
+from .processing import (
+    PaliGemmaProcessor,
+    check_tokens,
+    load_image,
+    locs_to_box,
+    normalize_prompt,
+    segs_to_codes,
+)
 from .training import (
     TrainingConfig,
     TrainingLog,
@@ -164,11 +171,14 @@ def parse_row(line: str, folder: Path, where: str) -> Row:
             raise ValueError(f"{where}: {key} must be text, not {values[key]!r:.40}")
         if key != "suffix" and not values[key].strip():
             raise ValueError(f"{where}: {key} is empty")
+    prefix, suffix = normalize_prompt(values["prefix"]), values["suffix"]
     try:
-        check_objects(values["prefix"], values["suffix"])
+        check_tokens(prefix)
+        check_tokens(suffix)
+        check_objects(prefix, suffix)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
-    return Row(folder / values["image"], values["prefix"], values["suffix"], where)
+    return Row(folder / values["image"], prefix, suffix, where)
 
 
 def read_rows(labels: Path) -> list[Row]:
