@@ -45,6 +45,7 @@ from vlm.finetuning import (
     model_card,
     read_rows,
     row_order,
+    save_adapter,
 )
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
@@ -572,6 +573,44 @@ def test_number_formats_follow_each_other_in_one_process(checkpoints, folder):
         config = FineTuningConfig(epochs=1, dtype=dtype, only_cpu=number == 2)
         finetune("mine", f"new{number}", config, checkpoints / "float32")
         assert load_hf_model(f"new{number}", "cpu")[0].dtype == getattr(torch, dtype)
+
+
+def test_an_adapter_alone_gives_what_the_merged_checkpoint_gives(
+    checkpoints, folder, tmp_path, capsys
+):
+    for base in ("float32", "bfloat16"):
+        for output, words in (
+            (f"{base}-all", []),
+            (f"{base}-part", ["--save_adapter"]),
+        ):
+            words = ["--lora_rank", "2", "--output", output, *words]
+            assert run(checkpoints / base, *words) == 0
+        whole, part = weights(f"{base}-all"), weights(f"{base}-part")
+        for name, tensor in whole.items():
+            assert torch.equal(tensor, part[name]), name
+        assert read_log(f"{base}-all") == read_log(f"{base}-part")
+    files = {path.name for path in Path("float32-part").iterdir()}
+    wanted = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert files == wanted | {"log.jsonl"}
+    card = Path("float32-part/README.md").read_text()
+    assert "library_name: peft" in card and str(checkpoints) not in card
+    # It can be trained further, and a later save has all of it.
+    assert run("float32-part", "--output", "next") == 0
+    assert "loss on held-out rows" in capsys.readouterr().out
+
+
+def test_an_adapter_names_its_base(tmp_path):
+    model = tiny_model()
+    adapters = choose_trained(model, ["multi*"], lora_rank=2)
+    for path, name, revision in (
+        (None, "paligemma-stickers", None),
+        (tmp_path, str(tmp_path), None),
+        ("google/paligemma-3b-pt-224@bf", "google/paligemma-3b-pt-224", "bf"),
+    ):
+        save_adapter(adapters, tmp_path / "new", Base.of(path))
+        values = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+        assert values["base_model_name_or_path"] == name
+        assert values["revision"] == revision
 
 
 @pytest.mark.parametrize("words", [[], ["--lora_rank", "4", "--save_adapter"]])
