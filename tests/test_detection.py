@@ -109,6 +109,43 @@ def test_what_is_no_thing_is_left_out_and_counted(bad):
     assert found.invalid == 1
 
 
+def test_an_exact_repeat_is_left_out_and_counted():
+    other = BOX.replace("0400", "0401")
+    text = f"{BOX} owl ; {BOX} bat ; {other} owl" + f" ; {BOX} owl" * 7 + f" ; {BOX}"
+    found = parse_detections(text, 100, 100)
+    assert [d.label for d in found] == ["owl", "bat", "owl"]
+    assert (found.repeated, found.invalid) == (7, 1)  # the last was cut off
+    assert parse_detections(f"{BOX} owl", 100, 100).repeated == 0
+
+
+def test_the_first_of_equal_objects_keeps_its_score():
+    locs = [loc_token(n) for n in (100, 200, 300, 400)]
+    text = answer(
+        *((p, 0.5) for p in locs), (" owl ; ", 0.5), *((p, 0.9) for p in locs)
+    )
+    text.pieces.append(" owl")
+    text.probabilities.append(0.9)
+    (owl,) = found = parse_detections(text, 100, 100)
+    assert owl.score == pytest.approx(0.5) and found.repeated == 1
+
+
+@pytest.mark.parametrize("not_an_answer", [None, [f"{BOX} owl"], b"owl", 7])
+def test_what_is_no_answer_is_refused_by_type(not_an_answer):
+    unchecked = split_objects.__wrapped__  # without the tests' own type checks
+    with pytest.raises(TypeError, match="one answer"):
+        unchecked(not_an_answer)
+
+
+@pytest.mark.parametrize("side", [None, 0, -640, float("nan"), float("inf"), "640"])
+def test_what_is_no_size_is_refused_even_where_nothing_was_found(side):
+    unchecked = parse_detections.__wrapped__
+    for text in ("", f"{BOX} owl"):
+        with pytest.raises(ValueError, match="width"):
+            unchecked(text, side, 100)
+        with pytest.raises(ValueError, match="height"):
+            unchecked(text, 100, side)
+
+
 def test_answers_to_segment_parse_too():
     (owl,) = parse_detections(f"{BOX}{SEGS} owl", 1023, 1023)
     assert owl == Detection("owl", (200.0, 100.0, 400.0, 300.0))
@@ -232,6 +269,15 @@ def coco_precision(found, truth) -> np.ndarray:
 def assert_as_coco(found, truth):
     ours = average_precision(found, truth)
     np.testing.assert_allclose(ours, coco_precision(found, truth), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 2), (4,), (1, 1, 4)])
+def test_boxes_are_four_numbers_each(shape):
+    unchecked = box_iou.__wrapped__
+    for pair in ((np.ones(shape), []), ([], np.ones(shape))):
+        with pytest.raises(ValueError, match="four numbers"):
+            unchecked(*pair)
+    assert box_iou([], np.zeros((2, 4))).shape == (0, 2)
 
 
 # On a coarse grid, with few labels and scores: ties, equal boxes, boxes without area.

@@ -1,6 +1,7 @@
 """Masks out of answers: what is valid, which pixels it is, how it is measured."""
 
 import dataclasses
+import inspect
 import random
 import time
 from math import exp, floor, log
@@ -137,6 +138,33 @@ def test_what_is_no_mask_is_left_out_and_counted(bad):
     assert len(decoder.asked[0]) == 2
     alone = parse_segmentations(bad, 50, 50, decoder)
     assert alone == [] and alone.invalid == 1
+
+
+def test_an_exact_repeat_is_left_out_counted_and_not_decoded():
+    decoder = Filled()
+    one, other = f"{BOX}{SEGS}", f"{BOX}{SEGS[:-8]}<seg099>"
+    text = f"{one} owl ; {other} owl" + f" ; {one} owl" * 5 + f" ; {BOX}"
+    found = parse_segmentations(text, 50, 50, decoder)
+    assert [s.label for s in found] == ["owl", "owl"]
+    assert (found.repeated, found.invalid) == (5, 1)
+    assert len(decoder.asked[0]) == 2
+
+
+@pytest.mark.parametrize("side", [None, 0, -64, 64.5, 64.0, float("nan"), "64"])
+def test_what_is_no_size_is_refused_even_where_nothing_was_found(side):
+    unchecked = inspect.unwrap(parse_segmentations)
+    for text in ("", f"{BOX}{SEGS} owl"):
+        with pytest.raises(ValueError, match="width"):
+            unchecked(text, side, 50, Filled())
+        with pytest.raises(ValueError, match="height"):
+            unchecked(text, 50, side, Filled())
+
+
+@pytest.mark.parametrize("decoder", [None, "masks", EMBEDDED])
+def test_what_is_no_decoder_is_refused_even_where_nothing_was_found(decoder):
+    for text in ("", f"{BOX}{SEGS} owl"):
+        with pytest.raises(TypeError, match="decoder"):
+            inspect.unwrap(parse_segmentations)(text, 50, 50, decoder)
 
 
 def test_the_score_is_that_of_all_the_objects_tokens():

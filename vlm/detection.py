@@ -4,9 +4,11 @@ Built in notebooks/22_detection.ipynb: edit it there, then run `make export`.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, log
+from numbers import Integral, Real
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Num
@@ -27,6 +29,7 @@ __all__ = [
     "ParsedObjects",
     "ObjectText",
     "split_objects",
+    "check_size",
     "parse_detections",
     "draw_detections",
     "box_iou",
@@ -51,11 +54,16 @@ class Detection:
 
 
 class ParsedObjects(list):
-    """The valid objects of an answer; `invalid` counts those that were left out."""
+    """The valid objects of an answer, each once.
 
-    def __init__(self, objects: Sequence = (), invalid: int = 0):
+    What was left out is counted: `invalid` objects, and those that were `repeated`,
+    the same tokens and the same label once more.
+    """
+
+    def __init__(self, objects: Iterable = (), invalid: int = 0, repeated: int = 0):
         super().__init__(objects)
         self.invalid = invalid
+        self.repeated = repeated
 
 
 _OBJECT = re.compile(r"\s*((?:<loc\d{4}>)*)((?:<seg\d{3}>)*)\s*(.*?)\s*$", re.DOTALL)
@@ -69,6 +77,11 @@ class ObjectText:
     segs: str
     label: str
     score: float
+
+    @property
+    def tokens(self) -> tuple[str, str, str]:
+        """What was written, without its score: the same for an exact repeat."""
+        return self.locs, self.segs, self.label
 
     @property
     def is_named(self) -> bool:
@@ -89,7 +102,15 @@ def _score(answer: str | Generation, start: int, end: int) -> float:
 
 
 def split_objects(answer: str | Generation) -> list[ObjectText]:
-    """The parts of an answer between the semicolons; an empty answer has none."""
+    """The parts of an answer between the semicolons; an empty answer has none.
+
+    Raises TypeError for anything but one answer, a string or a Generation.
+    """
+    if not isinstance(answer, (str, Generation)):
+        raise TypeError(
+            "give one answer, a string or what generate_tokens returns for a row, not "
+            f"{type(answer).__name__}"
+        )
     text = answer if isinstance(answer, str) else answer.text
     objects = []
     for part in re.finditer(r"[^;]+", text):
@@ -99,6 +120,17 @@ def split_objects(answer: str | Generation) -> list[ObjectText]:
             start, end = part.start() + match.start(1), part.start() + match.end(3)
             objects.append(ObjectText(*match.groups(), _score(answer, start, end)))
     return objects
+
+
+def check_size(width: Any, height: Any, number: type = Real) -> None:
+    """Raise a ValueError unless both are positive: a picture's sides in pixels."""
+    for name, side in (("width", width), ("height", height)):
+        if not isinstance(side, number) or not 0 < side < inf:
+            whole = "whole " if number is Integral else ""
+            raise ValueError(
+                f"{name}={side!r}: give that of the original picture, a positive "
+                f"{whole}number of pixels"
+            )
 
 
 def parse_detections(
@@ -111,16 +143,23 @@ def parse_detections(
     original picture's, upright.
     A valid object has exactly four loc tokens that make a box (end past start), none or
     sixteen seg tokens, and a label. What isn't valid is left out and counted in
-    `.invalid`, never guessed. Answers to `segment …` parse too: their boxes count here.
+    `.invalid`, never guessed; what is written again, token by token, is left out and
+    counted in `.repeated`. Answers to `segment …` parse too: their boxes count here.
+    Raises TypeError for what is no answer, ValueError for what is no picture's size.
     """
+    check_size(width, height)
     found = split_objects(text)
-    detections = []
+    detections, invalid = {}, 0
     for thing in found:
         box = locs_to_box(thing.locs, width, height)
         segs_valid = not thing.segs or segs_to_codes(thing.segs) is not None
         if box is not None and segs_valid and thing.is_named:
-            detections.append(Detection(thing.label, box, thing.score))
-    return ParsedObjects(detections, invalid=len(found) - len(detections))
+            detection = Detection(thing.label, box, thing.score)
+            detections.setdefault(thing.tokens, detection)
+        else:
+            invalid += 1
+    repeated = len(found) - invalid - len(detections)
+    return ParsedObjects(detections.values(), invalid, repeated)
 
 
 def draw_detections(image: ImageLike, detections: Sequence[Detection]) -> Image.Image:
@@ -157,9 +196,14 @@ def box_iou(a: Boxes, b: Boxes) -> Float[np.ndarray, "M N"]:
     """Intersection over union of each of M boxes with each of N.
 
     A box is (x0, y0, x1, y1), in any unit; boxes come as a list, an array or a tensor
-    (on the CPU). A box without area has an IoU of 0 with every other.
+    (on the CPU). A box without area has an IoU of 0 with every other. Raises ValueError
+    for anything but four numbers a box.
     """
-    a, b = (np.asarray(boxes, dtype=np.float64).reshape(-1, 4) for boxes in (a, b))
+    a, b = (np.asarray(boxes, dtype=np.float64) for boxes in (a, b))
+    for boxes in (a, b):
+        if boxes.size and boxes.shape[1:] != (4,):
+            raise ValueError(f"boxes are [M, 4], four numbers each, not {boxes.shape}")
+    a, b = a.reshape(-1, 4), b.reshape(-1, 4)  # no boxes: [0, 4]
     start = np.maximum(a[:, None, :2], b[:, :2])  # [M, N, 2]
     end = np.minimum(a[:, None, 2:], b[:, 2:])  # [M, N, 2]
     shared = (end - start).clip(min=0).prod(axis=-1)  # [M, N]

@@ -7,16 +7,24 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import floor
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from PIL import Image, ImageFilter
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .detection import COLORS, Detection, ParsedObjects, draw_detections, split_objects
+from .detection import (
+    COLORS,
+    Detection,
+    ParsedObjects,
+    check_size,
+    draw_detections,
+    split_objects,
+)
 from .mask_tokens import DECODER_FILE, MaskDecoder, mask_iou
 from .processing import Box, ImageLike, load_image, locs_to_box, segs_to_codes
 from .sampling import Generation
@@ -103,26 +111,36 @@ def parse_segmentations(
     A valid object has exactly four loc tokens that make a box (end past start), then
     exactly sixteen seg tokens, all in range, then a label. What isn't valid is left out
     and counted in `.invalid`, never guessed; a box without a mask isn't valid here.
+    What is written again, token by token, is left out and counted in `.repeated`.
+    Raises TypeError for what is no answer or no decoder, ValueError for what is no
+    picture's size.
     """
+    check_size(width, height, Integral)
+    if not isinstance(decoder, nn.Module):
+        raise TypeError(f"decoder={decoder!r}: give what load_mask_decoder returns")
     found = split_objects(text)
-    valid = []
+    valid, invalid = {}, 0
     for thing in found:
         box = locs_to_box(thing.locs, width, height)
         codes = segs_to_codes(thing.segs)
         if box is not None and codes is not None and thing.is_named:
-            valid.append((thing, box, codes))
+            valid.setdefault(thing.tokens, (thing, box, codes))
+        else:
+            invalid += 1
+    repeated = len(found) - invalid - len(valid)
     if not valid:
-        return ParsedObjects(invalid=len(found))
+        return ParsedObjects(invalid=invalid)
     device = next(decoder.parameters()).device
-    codes = torch.tensor([codes for _, _, codes in valid], device=device)  # [n, 16]
+    all_codes = [codes for _, _, codes in valid.values()]
+    codes = torch.tensor(all_codes, device=device)  # [n, 16]
     squares = decoder(codes)[:, 0]  # [n, 64, 64]
     segmentations = [
         Segmentation(
             thing.label, box, paste_mask(square, box, width, height), thing.score
         )
-        for (thing, box, _), square in zip(valid, squares)
+        for (thing, box, _), square in zip(valid.values(), squares)
     ]
-    return ParsedObjects(segmentations, invalid=len(found) - len(valid))
+    return ParsedObjects(segmentations, invalid, repeated)
 
 
 def draw_segmentations(
