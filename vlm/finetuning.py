@@ -398,7 +398,7 @@ def finish(
 ) -> None:
     """Make the model an ordinary one again: adapters merged, all weights in `dtype`."""
     if adapters is not None:
-        adapters.merge_and_unload(safe_merge=True)  # as load_hf_model merges
+        adapters.merge_and_unload()  # as `load_hf_model` merges them
     model.to(dtype).requires_grad_(True).eval()
 
 
