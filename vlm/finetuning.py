@@ -44,6 +44,7 @@ from .processing import (
 from .training import (
     TrainingConfig,
     TrainingLog,
+    check_settings,
     learning_rate_at,
     make_accelerator,
     make_optimizer,
@@ -68,7 +69,7 @@ __all__ = [
     "SPLITS",
     "ALL_BUT_THE_EYES",
     "STATE_FILE",
-    "HARMLESS",
+    "FREE",
     "GEMMA_NOTICE",
     "CARD",
     "MIXED",
@@ -97,7 +98,6 @@ __all__ = [
     "FineTuningConfig",
     "save_state",
     "saved_settings",
-    "check_settings",
     "load_state",
     "base_license",
     "license_note",
@@ -571,10 +571,10 @@ class FineTuningConfig:
 
 
 STATE_FILE = "state.safetensors"
-# Free at --resume: what they change is what a run needs and writes, not what it learns.
-# Rows may move, too: their file is known by its hash.
-HARMLESS = ("micro_batch_size", "gradient_checkpointing", "save_every", "num_workers")
-HARMLESS += ("only_cpu", "save_adapter", "data", "validation")
+# What may change when a run goes on: what it needs and writes, not what it learns; and
+# where its rows are, for these are known by a hash.
+FREE = ("micro_batch_size", "gradient_checkpointing", "save_every", "num_workers")
+FREE += ("only_cpu", "save_adapter", "data", "validation")
 
 
 def save_state(
@@ -609,16 +609,6 @@ def saved_settings(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"nothing is saved in {folder}: start without --resume")
     with safe_open(folder / STATE_FILE, "pt") as file:
         return json.loads(file.metadata()["settings"])
-
-
-def check_settings(saved: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise a ValueError that names the first setting that isn't as it was saved."""
-    for name, value in json.loads(json.dumps(now)).items():
-        if name not in HARMLESS and saved.get(name) != value:
-            raise ValueError(
-                f"the saved run has {name} {saved.get(name)}, not {value}: resume it "
-                "as it was started, or start another"
-            )
 
 
 def load_state(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -798,7 +788,7 @@ def describe_run(
     }
     if "validation" in files:
         recipe["held_out"] = "the validation file"
-    return data, {name: v for name, v in recipe.items() if name not in HARMLESS}
+    return data, {name: v for name, v in recipe.items() if name not in FREE}
 
 
 def work_folder(output: Path) -> Path:
@@ -850,8 +840,8 @@ def find_settings(
     if resume:
         if config.dtype == "auto":
             config = replace(config, dtype=saved["config"]["dtype"])
-        check_settings(saved["config"], asdict(config))
-        check_settings(saved, settings)
+        now = json.loads(json.dumps(settings | asdict(config)))
+        check_settings(saved | saved["config"], now, FREE)
     return config, settings, files
 
 
@@ -1044,7 +1034,8 @@ class FineTuning:
         after = self.measure()
         if self.main and not alone:
             save_hf_model(self.model, self.processor.tokenizer, staged)
-        self.log.write(self.schedule.steps, held_out=after)
+        if "held_out" not in self.log.entries[-1]:  # or it was written, and no more
+            self.log.write(self.schedule.steps, held_out=after)
         if self.main:
             losses = (self.log.entries[0]["held_out"], after)
             card = model_card(self.output.name, self.base, *self.about, *losses, alone)
