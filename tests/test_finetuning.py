@@ -531,11 +531,12 @@ def test_a_resumed_run_has_its_settings_again(
             shutil.copytree(folder, value)
             spoil(Path(value), 1, json.dumps(GOOD))
         assert main([*where, flag, value]) == 2
-        name = "sha256" if flag == "--data" else flag[2:]
+        name = "rows" if flag == "--data" else flag[2:]
         assert f"the saved run has {name} " in capsys.readouterr().err
     moved = tmp_path / "moved"
     folder.rename(moved)
     free = ["--micro_batch_size", "2", "--save_every", "1", "--gradient_checkpointing"]
+    free += ["--dtype", "auto"]  # whatever it is
     assert main([*where, *free, "--data", str(moved)]) == 0
     ours, theirs = weights(tmp_path / "new"), weights(tmp_path / "whole")
     for name, tensor in ours.items():
@@ -559,7 +560,7 @@ def test_rows_of_ones_own_validation_file_are_measured_and_not_trained(
     assert "1 rows aren't trained on" in said.err
     card = Path("new/README.md").read_text()
     assert "10 rows about 10 pictures; of these, 3 rows about\n3 pictures" in card
-    assert "| held_out | the validation file |" in card and "- validation: SHA" in card
+    assert "| held_out | the validation file |" in card and "- validation: rows.jsonl, SHA" in card
     words = ["--output", "other", "--validation", "mine/valid/rows.jsonl"]
     assert run(checkpoints / "float32", "--data", "mine/train/rows.jsonl", *words) == 0
     assert read_log("other") == read_log("new")
@@ -687,6 +688,7 @@ def test_a_disk_that_is_full_at_the_end_loses_nothing(
     assert main(["--output", "new", "--resume"]) == 0  # nothing is trained again
     for name, tensor in weights("new").items():
         assert torch.equal(tensor, weights("whole")[name]), name
+    assert read_log("new") == read_log("whole")
 
 
 def test_a_save_that_fails_leaves_the_former_one(

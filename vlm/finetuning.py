@@ -38,7 +38,6 @@ from .processing import (
     check_tokens,
     load_image,
     locs_to_box,
-    normalize_prompt,
     segs_to_codes,
 )
 from .training import (
@@ -171,7 +170,7 @@ def parse_row(line: str, folder: Path, where: str) -> Row:
             raise ValueError(f"{where}: {key} must be text, not {values[key]!r:.40}")
         if key != "suffix" and not values[key].strip():
             raise ValueError(f"{where}: {key} is empty")
-    prefix, suffix = normalize_prompt(values["prefix"]), values["suffix"]
+    prefix, suffix = values["prefix"], values["suffix"]
     try:
         check_tokens(prefix)
         check_tokens(suffix)
@@ -572,7 +571,7 @@ class FineTuningConfig:
 
 STATE_FILE = "state.safetensors"
 # What may change when a run goes on: what it needs and writes, not what it learns; and
-# where its rows are, for these are known by a hash.
+# where its rows are, for their files are known by name and hash.
 FREE = ("micro_batch_size", "gradient_checkpointing", "save_every", "num_workers")
 FREE += ("only_cpu", "save_adapter", "data", "validation")
 
@@ -758,21 +757,19 @@ def model_card(
 
 def describe_run(
     model: PaliGemmaForConditionalGeneration,
-    files: dict[str, str],
+    rows_of: dict[str, str],
     training: Sequence[Row],
     held: Sequence[Row],
     config: FineTuningConfig,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(data, recipe) for the model card; what `model` trains must have been chosen.
 
-    `files`: the hashes of those that were read.
+    `rows_of`: name and hash of each split's file.
     """
     rows = [*training, *held]
     tasks = Counter(row.prefix.split()[0] for row in rows).most_common(5)
     data = {
-        "files": "\n".join(
-            f"- {split}: SHA-256 `{digest}`" for split, digest in files.items()
-        ),
+        "files": "\n".join(f"- {split}: {file}" for split, file in rows_of.items()),
         "rows": len(rows),
         "pictures": len({row.image for row in rows}),
         "held_out_rows": len(held),
@@ -786,7 +783,7 @@ def describe_run(
         "trained parameters": f"{trained:,}",
         "steps": schedule.steps,
     }
-    if "validation" in files:
+    if "validation" in rows_of:
         recipe["held_out"] = "the validation file"
     return data, {name: v for name, v in recipe.items() if name not in FREE}
 
@@ -834,8 +831,10 @@ def find_settings(
     if where["validation"]:
         files["validation"] = find_splits(where["validation"])["train"]
     settings = {name: absolute(path) for name, path in where.items()}
-    settings["sha256"] = {
-        split: file_hash(file) for split, file in files.items() if split != "test"
+    settings["rows"] = {
+        split: f"{file.name}, SHA-256 {file_hash(file)}"
+        for split, file in files.items()
+        if split != "test"
     }
     if resume:
         if config.dtype == "auto":
@@ -979,7 +978,7 @@ class FineTuning:
         before = None if resume else self.measure()
         torch.manual_seed(config.seed)  # of what adapters start as
         self.adapters = choose_trained(self.model, config.train, config.lora_rank)
-        described = (self.model, settings["sha256"], self.rows, self.held, self.config)
+        described = (self.model, settings["rows"], self.rows, self.held, self.config)
         self.about = describe_run(*described)  # data and recipe
         self.learner = AnswerLoss(self.model)
         self.schedule = config.schedule(len(self.rows))
