@@ -49,6 +49,7 @@ from .training import (
     make_optimizer,
 )
 from .weights import (
+    ADAPTER_FILE,
     SMALL_FILES,
     empty_model,
     find_checkpoint,
@@ -95,6 +96,7 @@ __all__ = [
     "finetuning_step",
     "held_out_loss",
     "FineTuningConfig",
+    "write_tensors",
     "save_state",
     "saved_settings",
     "load_state",
@@ -576,6 +578,16 @@ FREE = ("micro_batch_size", "gradient_checkpointing", "save_every", "num_workers
 FREE += ("only_cpu", "save_adapter", "data", "validation")
 
 
+def write_tensors(
+    tensors: dict[str, Tensor], file: Path, about: dict[str, str]
+) -> None:
+    """Write a safetensors file; OSError where it can't be, as for any other file."""
+    try:
+        save_file(tensors, file, metadata=about)
+    except SafetensorError as error:
+        raise OSError(f"{file} can't be written: {error}") from error
+
+
 def save_state(
     folder: Path,
     step: int,
@@ -595,10 +607,7 @@ def save_state(
             for key, value in optimizer.state[parameter].items() if optimizer else ():
                 tensors[f"{key}.{name}"] = torch.as_tensor(value).cpu()
     about = {"step": str(step), "settings": json.dumps(settings)}
-    try:
-        save_file(tensors, folder / "state.new", metadata=about)
-    except SafetensorError as error:  # not an OSError, even where the disk is full
-        raise OSError(f"no state could be saved in {folder}: {error}") from error
+    write_tensors(tensors, folder / "state.new", about)
     os.replace(folder / "state.new", folder / STATE_FILE)
 
 
@@ -744,7 +753,7 @@ def model_card(
         head="\n".join(head),
         name=name,
         base=base.name,
-        form="An adapter alone: it is loaded together with its base, which isn't here."
+        form="An adapter alone, in peft's layout: its base is loaded with it."
         if is_adapter
         else "An ordinary checkpoint, for vlm and for transformers.",
         recipe="\n".join(f"| {key} | {value} |" for key, value in recipe.items()),
@@ -915,11 +924,24 @@ def make_loader(
 
 
 def save_adapter(adapters: "PeftModel", folder: Path, base: Base) -> None:
-    """Write the adapters alone, in peft's layout, with the name of their base."""
+    """Write the adapters alone, in peft's layout, with the name of their base.
+
+    Parts are named as in transformers' model, so that peft finds them there, too.
+    """
+    from peft import get_peft_model_state_dict
+
     shutil.rmtree(folder, ignore_errors=True)
+    ours = (
+        r"(language_model|vision_tower)\.(?:vision_)?model\.|(multi_modal_projector)\."
+    )
+    saved = get_peft_model_state_dict(adapters, save_embedding_layers=False)
+    tensors = {re.sub(ours, r"model.\1\2.", name): t for name, t in saved.items()}
     config = adapters.peft_config["default"]
     config.base_model_name_or_path, config.revision = base.path, base.revision
-    adapters.save_pretrained(folder, save_embedding_layers=False)
+    parts = {name.partition(".lora_")[0] for name in tensors}
+    config.target_modules = {part.removeprefix("base_model.model.") for part in parts}
+    config.save_pretrained(folder)
+    write_tensors(tensors, folder / ADAPTER_FILE, {"format": "pt"})
 
 
 def complete(staged: Path, output: Path, card: str) -> None:
