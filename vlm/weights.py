@@ -42,27 +42,18 @@ __all__ = [
     "EMBEDDED",
     "SINGLE_FILE",
     "INDEX_FILE",
-    "SHARDS",
     "RENAMES",
     "EMBEDDING",
-    "POSITIONS",
     "TIED",
-    "EXAMPLE",
     "SMALL_FILES",
     "COMPANIONS",
     "ALL_FILES",
-    "STAGED",
-    "INSTEAD",
     "FLOAT_TYPES",
-    "STRANGE_NAMES",
-    "OTHER_CONFIG",
     "READ_AHEAD",
     "ADAPTER_CONFIG",
     "ADAPTER_FILE",
-    "CONFIGS",
     "canonical_name",
     "explain_hub_error",
-    "finish_save",
     "find_checkpoint",
     "StoredTensor",
     "read_header",
@@ -81,14 +72,11 @@ __all__ = [
     "adapter_base",
     "read_config",
     "apply_adapter",
-    "fit_model",
     "load_hf_model",
     "make_processor",
     "preprocessor_config",
     "generation_config",
     "require_space",
-    "tensors_to_save",
-    "find_companions",
     "save_hf_model",
     "describe_model",
     "load_chosen_model",
@@ -97,7 +85,7 @@ __all__ = [
 EMBEDDED = Path(str(package_files("vlm"))) / "checkpoints" / "paligemma-stickers"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SHARDS = "model-*-of-*.safetensors"
+_SHARDS = "model-*-of-*.safetensors"
 
 # Other layouts' names → ours, which are those of the hub's files.
 RENAMES = (
@@ -108,7 +96,7 @@ RENAMES = (
     (r"^lm_head\.", "language_model.lm_head."),
 )
 EMBEDDING = "language_model.model.embed_tokens.weight"
-POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
+_POSITIONS = "vision_tower.vision_model.embeddings.position_embedding.weight"
 TIED = "language_model.lm_head.weight"  # the embedding again; files may leave it out
 
 
@@ -119,7 +107,7 @@ def canonical_name(name: str) -> str:
     return name
 
 
-EXAMPLE = "give a checkpoint's folder, or a hub id like google/paligemma-3b-mix-224"
+_EXAMPLE = "give a checkpoint's folder, or a hub id like google/paligemma-3b-mix-224"
 
 
 def _hub_id(model_path: str | os.PathLike) -> tuple[str, str | None] | None:
@@ -181,27 +169,27 @@ SMALL_FILES = ("*.json", "tokenizer.model")  # config, tokenizer, index: quick t
 # What reads and writes mask tokens, beside the weights: chapter 16's and Google's.
 COMPANIONS = ("mask_decoder.safetensors", "mask_encoder.safetensors", "vae-oid.npz")
 ALL_FILES = (*SMALL_FILES, "*.safetensors", "vae-oid.npz")
-STAGED = ".complete-save"  # where a save lies between "all written" and "all in place"
+_STAGED = ".complete-save"  # where a save lies between "all written" and "all in place"
 
 
 def _companions_in(folder: Path) -> list[str]:
     return [name for name in COMPANIONS if (folder / name).is_file()]
 
 
-def finish_save(folder: Path) -> None:
+def _finish_save(folder: Path) -> None:
     """Move a complete save to its place: its weights' entry, file or index, last.
 
     Interrupted, it can go on: a load calls it too. Until the entry moves, the former
     weights' is there; what isn't a part of the new ones goes.
     """
-    staged = folder / STAGED
+    staged = folder / _STAGED
     if not staged.is_dir():
         return
     entry, weights = SINGLE_FILE, {SINGLE_FILE}
     if (staged / INDEX_FILE).is_file():
         shards = json.loads((staged / INDEX_FILE).read_text("utf-8"))["weight_map"]
         entry, weights = INDEX_FILE, {INDEX_FILE, *shards.values()}
-    former = {SINGLE_FILE, INDEX_FILE, *(file.name for file in folder.glob(SHARDS))}
+    former = {SINGLE_FILE, INDEX_FILE, *(file.name for file in folder.glob(_SHARDS))}
     for file in sorted(staged.iterdir(), key=lambda file: file.name == entry):
         for name in former - weights if file.name == entry else ():
             (folder / name).unlink(missing_ok=True)
@@ -213,13 +201,11 @@ def finish_save(folder: Path) -> None:
 
 def _refuse_pointers(folder: Path) -> None:
     "Raise FileNotFoundError where git left a note of what it should have fetched."
-    for file in folder.iterdir():
-        kind = file.suffix in (".json", ".model", ".safetensors", ".npz")
-        if kind and file.is_file() and file.stat().st_size < 1024:
-            if file.read_bytes().startswith(b"version https://git-lfs"):
+    for file in filter(Path.is_file, folder.glob("*.[jmns]*")):
+        with file.open("rb") as opened:
+            if opened.read(40).startswith(b"version https://git-lfs"):
                 raise FileNotFoundError(
-                    f"{file} is a Git LFS pointer, not the file: run `git lfs pull` "
-                    "in its folder"
+                    f"{file} is a Git LFS pointer: run `git lfs pull` in its folder"
                 )
 
 
@@ -245,16 +231,16 @@ def find_checkpoint(
         return EMBEDDED
     folder = Path(model_path).expanduser()
     if folder.is_dir():
-        finish_save(folder)
+        _finish_save(folder)
         _refuse_pointers(folder)
         return folder
     if folder.exists():
         is_picture = (guess_type(folder.name)[0] or "").startswith("image/")
-        advice = EXAMPLE if is_picture else "give the folder that holds it"
+        advice = _EXAMPLE if is_picture else "give the folder that holds it"
         kind = "picture, not a model" if is_picture else "file"
         raise FileNotFoundError(f"{folder} is a {kind}: {advice}")
     if hub_id is None:
-        raise FileNotFoundError(f"no folder {model_path}: {EXAMPLE}")
+        raise FileNotFoundError(f"no folder {model_path}: {_EXAMPLE}")
     name, in_id = hub_id
     if None not in (revision, in_id) and revision != in_id:
         raise ValueError(f"{model_path} and revision={revision!r} disagree: name one")
@@ -268,21 +254,21 @@ def find_checkpoint(
 
 
 # What may lie in a folder instead of a checkpoint in transformers' format.
-INSTEAD = {
+_INSTEAD = {
     "*.gguf": "GGUF is quantized, for another engine: give what it was made from",
-    SHARDS: f"these are shards without their index: fetch {INDEX_FILE} too",
+    _SHARDS: f"these are shards without their index: fetch {INDEX_FILE} too",
     "*.bin*": ".bin files are pickles and could run code: load them with transformers, "
     "and save_pretrained writes safetensors",
-    "pali*.npz": f"it is in JAX's format: {EXAMPLE}",
-    "*.h5": f"it is in Keras' format: {EXAMPLE}",
+    "pali*.npz": f"it is in JAX's format: {_EXAMPLE}",
+    "*.h5": f"it is in Keras' format: {_EXAMPLE}",
 }
 
 
 def _not_in(folder: Path, name: str) -> FileNotFoundError:
     "The error for a file that a folder lacks: what is there, and what to do about it."
-    inner = [file.parent for file in folder.glob("*/*.json") if file.name in CONFIGS]
-    found = [advice for kind, advice in INSTEAD.items() if any(folder.glob(kind))]
-    advice = found[0] if found else f"fetch it too, or {EXAMPLE}"
+    inner = [file.parent for file in folder.glob("*/*.json") if file.name in _CONFIGS]
+    found = [advice for kind, advice in _INSTEAD.items() if any(folder.glob(kind))]
+    advice = found[0] if found else f"fetch it too, or {_EXAMPLE}"
     if inner:  # a trainer's: the last one has the largest number
         last = max(inner, key=lambda f: [int(n) for n in re.findall(r"\d+", f.name)])
         advice = f"its subfolders are checkpoints, give one like {last}"
@@ -341,7 +327,7 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
         raise _not_in(folder, SINGLE_FILE)
     promised, found = read_index(index), {}
     shards = {stored.file for stored in promised.values()}
-    for shard in sorted({*shards, *folder.glob(SHARDS)}):
+    for shard in sorted({*shards, *folder.glob(_SHARDS)}):
         if shard not in shards:
             raise ValueError(
                 f"{index} names no tensor of {shard.name}, a shard beside it: fetch "
@@ -356,8 +342,8 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
     for name, (file, _, _) in promised.items():
         if name not in found or found[name].file != file:
             raise ValueError(
-                f"{index} promises {name} in {file.name}, and it isn't there: fetch "
-                "both files again"
+                f"{index} promises {name[:80]} in {file.name}, and it isn't there: "
+                "fetch both files again"
             )
     return found
 
@@ -369,16 +355,19 @@ FLOAT_TYPES = {
     "BF16": torch.bfloat16,
 }
 # What strange names tell of, and what to do about it.
-STRANGE_NAMES = {
+_STRANGE_NAMES = {
     r"lora_|base_layer|base_model": "They are peft's: save what merge_and_unload gives",
     r"qweight|absmax|quant_|SCB|_scale\b|_packed": "They are quantized: give the "
     "checkpoint that they were made from",
 }
-OTHER_CONFIG = "Give the config.json that belongs to these tensors"
 
 
-def _misfit(tensors: dict[str, StoredTensor], why: str, advice: str) -> ValueError:
+def _misfit(tensors: dict[str, StoredTensor], why: str) -> ValueError:
     folder = next((stored.file.parent for stored in tensors.values()), "the checkpoint")
+    advice = "Give the config.json that belongs to these tensors"
+    for kind, meaning in _STRANGE_NAMES.items():
+        if any(re.search(kind, name) for name in tensors):
+            advice = meaning
     why = shorten(why, 160, placeholder=" …")
     return ValueError(f"{folder} doesn't fit its config.json: {why}. {advice}")
 
@@ -390,10 +379,10 @@ def check_counts(config: PaliGemmaConfig, tensors: dict[str, StoredTensor]) -> N
     """
     names = {canonical_name(name): stored for name, stored in tensors.items()}
     vision, text = config.vision_config, config.text_config
-    layers = [re.match(r"(\w+)\..*?layers\.(\d+)\.", name) for name in names]
-    pairs = {found.groups() for found in layers if found}
-    held = Counter(part for part, _ in pairs)
-    rows = names[POSITIONS].shape if POSITIONS in names else None
+    layer = re.compile(r"(vision_tower|language_model)\..*layers\.(\d+)\.")
+    layers = {found.groups() for found in map(layer.search, names) if found}
+    held = Counter(part for part, _ in layers)
+    rows = names[_POSITIONS].shape if _POSITIONS in names else None
     for what, promised, count in (
         ("vision layers", vision.num_hidden_layers, held["vision_tower"]),
         ("text layers", text.num_hidden_layers, held["language_model"]),
@@ -401,7 +390,7 @@ def check_counts(config: PaliGemmaConfig, tensors: dict[str, StoredTensor]) -> N
     ):
         if promised > count:
             why = f"it promises {promised} {what}, and tensors are there for {count}"
-            raise _misfit(tensors, why, OTHER_CONFIG)
+            raise _misfit(tensors, why)
 
 
 def check_tensors(
@@ -429,12 +418,8 @@ def check_tensors(
     missing = [name for name in expected if name not in seen and name != may_miss]
     problems += [f"missing {name}" for name in missing]
     if problems:
-        why = "; ".join(problems)
-        known = [
-            advice for kind, advice in STRANGE_NAMES.items() if re.search(kind, why)
-        ]
         more = f"{len(problems)} tensors: " if len(problems) > 1 else ""
-        raise _misfit(tensors, more + why, known[0] if known else OTHER_CONFIG)
+        raise _misfit(tensors, more + "; ".join(problems))
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
@@ -580,7 +565,7 @@ def read_weights(
 
 
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
-CONFIGS = ("config.json", ADAPTER_CONFIG)
+_CONFIGS = ("config.json", ADAPTER_CONFIG)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -635,10 +620,9 @@ def read_config(folder: Path) -> PaliGemmaConfig:
     config = PaliGemmaConfig.from_pretrained(folder)
     quantized = json.loads(path.read_text("utf-8")).get("quantization_config")
     if quantized is not None:
-        method = quantized.get("quant_method") if isinstance(quantized, dict) else None
         raise ValueError(
-            f"{path} says that the weights are quantized ({shorten(str(method), 40)}): "
-            "give the checkpoint that they were made from"
+            f"{path} says that the weights are quantized: give the checkpoint that "
+            "they were made from"
         )
     return config
 
@@ -655,8 +639,11 @@ def apply_adapter(model: PaliGemmaForConditionalGeneration, folder: Path) -> Non
     file = folder / ADAPTER_FILE
     if not file.is_file():
         raise FileNotFoundError(f"no {file.name} in {folder}: a pickle isn't read")
-    names = {name: name.removeprefix("base_model.model.") for name in read_header(file)}
-    state = {canonical_name(names[name]): t for name, t in load_file(file).items()}
+    read_header(file)  # or says that it can't be read
+    state = {
+        canonical_name(name.removeprefix("base_model.model.")): tensor
+        for name, tensor in load_file(file).items()
+    }
     lora = {name: tensor for name, tensor in state.items() if ".lora_" in name}
     whole = {name: tensor for name, tensor in state.items() if name not in lora}
     targets = {name.partition(".lora_")[0] for name in lora}
@@ -669,9 +656,10 @@ def apply_adapter(model: PaliGemmaForConditionalGeneration, folder: Path) -> Non
     for name, tensor in whole.items():  # what was trained whole beside the adapters
         own[name].copy_(tensor)
     try:
+        kind = json.loads((folder / ADAPTER_CONFIG).read_text("utf-8")).get("peft_type")
+        if kind != "LORA":
+            raise ValueError(f"it is {kind}, and only LORA is read")
         config = LoraConfig.from_pretrained(folder)
-        if config.peft_type != "LORA":
-            raise ValueError(f"{config.peft_type} is not LORA")
         config.target_modules, config.modules_to_save = targets, None
         config.exclude_modules = config.layers_to_transform = None
         for pattern in ("rank_pattern", "alpha_pattern"):
@@ -684,16 +672,15 @@ def apply_adapter(model: PaliGemmaForConditionalGeneration, folder: Path) -> Non
         loaded = set_peft_model_state_dict(model, lora)
         missing = [name for name in loaded.missing_keys if ".lora_" in name]
         if missing or loaded.unexpected_keys:
-            raise ValueError(
-                f"no other or fewer tensors: {missing + loaded.unexpected_keys}"
-            )
+            raise ValueError(f"odd tensors {missing + loaded.unexpected_keys}")
         adapters.merge_and_unload()
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{folder}'s adapter can't be merged: {error}") from error
+        why = shorten(str(error), 160, placeholder=" …")
+        raise ValueError(f"{folder}'s adapter can't be merged: {why}") from error
     model.requires_grad_(True)
 
 
-def fit_model(
+def _fit_model(
     config: PaliGemmaConfig, tensors: dict[str, StoredTensor]
 ) -> PaliGemmaForConditionalGeneration:
     """A model without numbers, for which these tensors are: ValueError if not."""
@@ -734,10 +721,12 @@ def load_hf_model(
     config, tokenizer = read_config(folder), load_tokenizer(folder)
     if is_fetched:
         if (folder / INDEX_FILE).is_file() and not (folder / SINGLE_FILE).is_file():
-            fit_model(config, read_index(folder / INDEX_FILE))  # names, without weights
+            _fit_model(
+                config, read_index(folder / INDEX_FILE)
+            )  # names, without weights
         folder = find_checkpoint(model_path, revision)  # now the weights too
     tensors = find_tensors(folder)
-    model = fit_model(config, tensors)
+    model = _fit_model(config, tensors)
     stored, decoder = stored_dtype(tensors), config.text_config.model_type
     dtype = choose_dtype(dtype, stored, device, decoder)
     read_weights(model, tensors, device, dtype)
@@ -814,7 +803,7 @@ def _full_disk(folder: Path) -> Iterator[None]:
         raise
 
 
-def tensors_to_save(
+def _tensors_to_save(
     model: nn.Module,
 ) -> tuple[PaliGemmaForConditionalGeneration, dict[str, Tensor]]:
     """(the model itself, its tensors by name), out of compile's and DDP's wrappers.
@@ -836,7 +825,8 @@ def tensors_to_save(
     plain = {
         (name, tensor.shape)
         for name, tensor in state.items()
-        if type(tensor) is Tensor and tensor.dtype in FLOAT_TYPES.values()
+        if type(tensor) is Tensor and not tensor.is_meta
+        if tensor.dtype in FLOAT_TYPES.values()
     }
     if odd := sorted({*state, *wanted} - dict(plain & wanted.items()).keys()):
         raise ValueError(
@@ -844,15 +834,13 @@ def tensors_to_save(
             "could load it: merge adapters (peft's merge_and_unload), gather shards, "
             "save before quantizing"
         )
-    if any(tensor.is_meta for tensor in state.values()):
-        raise ValueError("a model on the meta device has no weights to save")
-    head = state.pop(TIED)
-    if head is not state[EMBEDDING] and not torch.equal(head, state[EMBEDDING]):
+    head, embedding = state.pop(TIED), state[EMBEDDING]
+    if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
         raise ValueError(f"{TIED} isn't {EMBEDDING} any more: call tie_weights first")
     return inner, state
 
 
-def find_companions(
+def _companions_of(
     model: PaliGemmaForConditionalGeneration,
     folder: Path,
     companions_from: str | os.PathLike | None,
@@ -898,12 +886,12 @@ def save_hf_model(
     Raises ValueError, FileNotFoundError or OSError; what was in `folder` is there then.
     """
     folder = Path(folder).expanduser()
-    model, state = tensors_to_save(model)
-    companions = find_companions(model, folder, companions_from)
+    model, state = _tensors_to_save(model)
+    companions = _companions_of(model, folder, companions_from)
     size = sum(tensor.nbytes for tensor in state.values())
     require_space(folder, size)  # nothing is begun that can't end well
     folder.mkdir(parents=True, exist_ok=True)
-    finish_save(folder)
+    _finish_save(folder)
     with tempfile.TemporaryDirectory(dir=folder) as scratch, _full_disk(folder):
         staged = Path(scratch, "complete")
         model.config.save_pretrained(staged)
@@ -920,8 +908,8 @@ def save_hf_model(
         save_torch_state_dict(state, staged, max_shard_size=max_shard_size)
         for file in staged.glob("*.safetensors"):  # made readable for the owner alone
             shutil.copymode(staged / "config.json", file)
-        os.replace(staged, folder / STAGED)
-    finish_save(folder)
+        os.replace(staged, folder / _STAGED)
+    _finish_save(folder)
 
 
 def describe_model(
