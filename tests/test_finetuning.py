@@ -806,7 +806,7 @@ def test_the_card_of_googles_children_carries_gemmas_terms(tmp_path, monkeypatch
     assert base_license("google/paligemma-3b-pt-224") == "gemma"
     assert base_license(None) == "apache-2.0"
     monkeypatch.setattr("vlm.finetuning.find_checkpoint", pytest.fail)
-    base = Base.of("google/paligemma-3b-pt-224@bfloat16")
+    base = Base.of("https://huggingface.co/google/paligemma-3b-pt-224/tree/bfloat16")
     data = dict.fromkeys(
         "files rows pictures held_out_rows held_out_pictures tasks".split(), 1
     )

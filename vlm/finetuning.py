@@ -50,10 +50,11 @@ from .training import (
 )
 from .weights import (
     ADAPTER_FILE,
+    EMBEDDED,
     SMALL_FILES,
+    _hub_id,
     empty_model,
     find_checkpoint,
-    find_companions,
     load_hf_model,
     make_processor,
     read_config,
@@ -683,13 +684,14 @@ class Base:
     @classmethod
     def of(cls, model_path: str | os.PathLike | None) -> Self:
         """Of a folder the name alone, not the path; of a hub id the revision too."""
-        license = base_license(model_path)
-        if model_path is None or Path(model_path).expanduser().exists():
+        found = _hub_id(model_path or EMBEDDED)
+        if found is None:
             folder = find_checkpoint(model_path).absolute()
             path = folder.name if model_path is None else str(folder)
-            return cls(folder.name, None, license, path)
-        hub_id, _, revision = str(model_path).partition("@")
-        return cls(str(model_path), hub_id, license, hub_id, revision or None)
+            return cls(folder.name, None, base_license(model_path), path)
+        name, revision = found
+        license = base_license(name)
+        return cls(f"{name}@{revision}" if revision else name, name, license, *found)
 
 
 CARD = """---
@@ -965,7 +967,8 @@ def check_space(
     if not config.save_adapter:
         result = sum(weight.numel() for weight in model.parameters())
         result *= getattr(torch, config.dtype).itemsize
-        result += sum(f.stat().st_size for f in find_companions(model, work, None))
+        beside = [Path(model.name_or_path, name) for name in model.companions]
+        result += sum(file.stat().st_size for file in beside)
     # A save, weights and two moments, is written beside the former one; the last one,
     # which has no moments, is there while the result is written.
     saves = 2 * 3 * trained if config.save_every else 0
@@ -1114,7 +1117,7 @@ pictures is held out: the loss on them is measured before and after, and never o
 picture that was trained on. A folder with train/ and valid/ inside, each with a .jsonl
 file, is read as that, and --validation names another file. What comes out is an
 ordinary checkpoint with a model card, for this package and for transformers; with
---save_adapter it is what LoRA learned alone, a few megabytes.
+--save_adapter it is what LoRA learned alone, in peft's layout, a fraction of the size.
 
 Without --model_path the embedded model learns. It is small: let it have a
 --learning_rate near 3e-4, or 3e-3 with LoRA. With several GPUs:
