@@ -3,29 +3,33 @@
 Built in notebooks/10_processing.ipynb: edit it there, then run `make export`.
 """
 
+import math
+import operator
 import os
 import re
-import struct
 from collections.abc import Sequence
 from contextlib import suppress
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 __all__ = [
     "NUM_LOCS",
     "NUM_SEGS",
     "IMAGE_TOKEN",
+    "EXTRA_TOKENS",
     "Box",
     "ImageLike",
     "loc_token",
     "seg_token",
     "add_paligemma_tokens",
+    "check_size",
     "box_to_locs",
     "locs_to_box",
     "codes_to_segs",
@@ -33,53 +37,78 @@ __all__ = [
     "load_image",
     "image_to_pixels",
     "pack_rows",
+    "normalize_prompt",
+    "check_tokens",
     "PaliGemmaProcessor",
 ]
 
 NUM_LOCS = 1024  # <loc0000> … <loc1023>: a coordinate in 1024 steps
 NUM_SEGS = 128  # <seg000> … <seg127>: a piece of a mask
 IMAGE_TOKEN = "<image>"
+EXTRA_TOKENS = [  # what PaliGemma adds to Gemma's tokenizer, in the order of their ids
+    *(f"<loc{index:04d}>" for index in range(NUM_LOCS)),
+    *(f"<seg{code:03d}>" for code in range(NUM_SEGS)),
+    IMAGE_TOKEN,
+]
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 ImageLike = Image.Image | str | os.PathLike | np.ndarray | Tensor
 
 
-def loc_token(index: int) -> str:
-    """`<loc0000>` … `<loc1023>`; ValueError outside."""
-    if not 0 <= index < NUM_LOCS:
-        raise ValueError(f"loc index {index} is outside 0…{NUM_LOCS - 1}")
-    return f"<loc{index:04d}>"
+def _as_index(index: Any, count: int, name: str) -> int:
+    "A whole number in 0…count - 1, or an error that says so."
+    try:
+        index = operator.index(index)
+    except TypeError:
+        raise TypeError(f"a {name} must be a whole number, not {index!r}") from None
+    if not 0 <= index < count:
+        raise ValueError(f"{name} {index} is outside 0…{count - 1}")
+    return index
 
 
-def seg_token(code: int) -> str:
-    """`<seg000>` … `<seg127>`; ValueError outside."""
-    if not 0 <= code < NUM_SEGS:
-        raise ValueError(f"seg code {code} is outside 0…{NUM_SEGS - 1}")
-    return f"<seg{code:03d}>"
+def loc_token(index: SupportsIndex) -> str:
+    """`<loc0000>` … `<loc1023>`; ValueError outside, TypeError for a fraction."""
+    return EXTRA_TOKENS[_as_index(index, NUM_LOCS, "loc index")]
+
+
+def seg_token(code: SupportsIndex) -> str:
+    """`<seg000>` … `<seg127>`; ValueError outside, TypeError for a fraction."""
+    return EXTRA_TOKENS[NUM_LOCS + _as_index(code, NUM_SEGS, "seg code")]
 
 
 def add_paligemma_tokens(tokenizer: Any) -> Any:
     """Give a bare Gemma tokenizer the loc, seg and image tokens, in PaliGemma's order.
 
-    On Gemma's 256000 pieces this gives the real ids: 256000…, 257024…, 257152. Tokens
-    that are there already keep their ids. Returns the tokenizer.
+    On Gemma's 256000 tokens this gives the real ids: 256000…, 257024…, 257152. Tokens
+    that are in the vocabulary already keep their ids. Returns the tokenizer.
     """
-    tokenizer.add_tokens([loc_token(i) for i in range(NUM_LOCS)])
-    tokenizer.add_tokens([seg_token(i) for i in range(NUM_SEGS)])
-    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
+    tokenizer.add_tokens(EXTRA_TOKENS[:-1])
+    tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     return tokenizer
+
+
+def check_size(width: float, height: float) -> None:
+    """Raise a ValueError unless both are positive numbers."""
+    for side in (width, height):
+        if not isinstance(side, Real) or not 0 < side < math.inf:
+            raise ValueError(
+                f"width and height must be positive numbers, not {width} and {height}"
+            )
 
 
 def box_to_locs(box: Box, width: float, height: float) -> str:
     """A box (x0, y0, x1, y1) in pixels → four loc tokens, in the order y0 x0 y1 x1.
 
     A coordinate v in 0…1 becomes `round(v * 1023)`, as big_vision encodes it; what
-    lies outside the picture is moved to its border.
+    lies outside the picture is moved to its border. ValueError for other than numbers.
     """
-    x0, y0, x1, y1 = box
-    shares = (y0 / height, x0 / width, y1 / height, x1 / width)
-    bins = (round(min(max(v, 0.0), 1.0) * (NUM_LOCS - 1)) for v in shares)
+    check_size(width, height)
+    try:
+        x0, y0, x1, y1 = map(float, box)
+        fractions = (y0 / height, x0 / width, y1 / height, x1 / width)
+        bins = [round(min(max(v, 0.0), 1.0) * (NUM_LOCS - 1)) for v in fractions]
+    except (TypeError, ValueError):  # not four, not numbers, or NaN
+        raise ValueError(f"a box is four numbers x0, y0, x1, y1, not {box}") from None
     return "".join(loc_token(b) for b in bins)
 
 
@@ -88,7 +117,8 @@ def locs_to_box(text: str, width: float, height: float) -> Box | None:
 
     Not exactly four, an index over 1023, or an end that isn't past its start: no box.
     """
-    bins = [int(n) for n in re.findall(r"<loc(\d{4})>", text)]
+    check_size(width, height)
+    bins = [int(n) for n in re.findall(r"<loc([0-9]{4})>", text)]
     if len(bins) != 4 or max(bins) >= NUM_LOCS:
         return None
     y0, x0, y1, x1 = (b / (NUM_LOCS - 1) for b in bins)
@@ -98,13 +128,13 @@ def locs_to_box(text: str, width: float, height: float) -> Box | None:
 
 
 def codes_to_segs(codes: Sequence[int]) -> str:
-    """Codes 0…127 → seg tokens, one after another; ValueError outside."""
-    return "".join(seg_token(int(code)) for code in codes)
+    """Codes 0…127 → seg tokens, one after another; errors as in `seg_token`."""
+    return "".join(seg_token(code) for code in codes)
 
 
 def segs_to_codes(text: str) -> list[int] | None:
     """Sixteen seg tokens → their codes; None unless exactly sixteen are in range."""
-    codes = [int(n) for n in re.findall(r"<seg(\d{3})>", text)]
+    codes = [int(n) for n in re.findall(r"<seg([0-9]{3})>", text)]
     if len(codes) != 16 or max(codes) >= NUM_SEGS:
         return None
     return codes
@@ -130,7 +160,7 @@ def array_to_image(array: np.ndarray) -> Image.Image:
         array = (array / 257).round().astype(np.uint8)  # 65535 = 255 * 257
     elif np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError("a float image array must lie in 0…1")
+            raise ValueError("pictures made of floats must lie in 0…1: divide them")
         array = (array * 255).round().astype(np.uint8)
     elif array.dtype != np.uint8:
         raise ValueError(
@@ -140,29 +170,29 @@ def array_to_image(array: np.ndarray) -> Image.Image:
 
 
 def to_eight_bits(image: Image.Image) -> Image.Image:
-    """Modes of more than eight bits a channel, scaled down; others as they are."""
+    """Modes of more than eight bits a channel, scaled down; others as they are.
+
+    The mode decides, not the content, so that a dark frame of a camera is scaled like a
+    bright one: I;16 and I are 0…65535 (16-bit PPM files, and PNG files before Pillow
+    11, come as mode I), F is 0…1. ValueError for values outside.
+    """
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.asarray(image, dtype=np.float32)
-    if not np.isfinite(values).all():
-        raise ValueError("the picture has values that are not finite numbers")
-    top = values.max()
-    if image.mode == "F" and top <= 1.0:
-        values = values * 255
-    elif top > 255 or image.mode.startswith("I;16"):
-        values = values / 257
-    return Image.fromarray(values.clip(0, 255).round().astype(np.uint8))
+    values = np.asarray(image)
+    if image.mode != "F":
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"a picture of mode {image.mode} must lie in 0…65535")
+        values = values.astype(np.uint16)
+    return array_to_image(values)
 
 
 def _turn_upright(image: Image.Image) -> Image.Image:
-    "A copy, turned as its note about orientation says, if that can be read."
+    "A copy, turned as its EXIF orientation tag says, if that can be read."
     try:
         return ImageOps.exif_transpose(image)
-    except SyntaxError:  # the note is damaged; the pixels aren't
-        return image.copy()
-    except struct.error:  # it can be read, but not written anew, once all is turned
+    except Exception:  # the tag is damaged, or can't be written anew; the pixels can
         image = image.copy()
-        with suppress(struct.error):
+        with suppress(Exception):  # in place, pixels are turned before tags are written
             ImageOps.exif_transpose(image, in_place=True)
         return image
 
@@ -177,15 +207,19 @@ def load_image(image: ImageLike) -> Image.Image:
     Raises FileNotFoundError for a missing file, ValueError for what is no picture.
     """
     if isinstance(image, (str, os.PathLike)):
-        path = Path(image).expanduser()
-        if not path.is_file():
+        path = Path(os.path.expanduser(image))
+        if not os.path.isfile(path):
+            if re.match(r"\w{2,}:/|data:", str(image)):
+                raise FileNotFoundError(
+                    f"{str(image):.80} is a web address: download the picture first"
+                )
             raise FileNotFoundError(f"no image file at {path}")
         try:
             with Image.open(path) as opened:
                 image = opened.copy()  # reads all of it before the file closes
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        except Exception as error:  # for a broken file Pillow raises a dozen kinds
             raise ValueError(
-                f"{path} is not a picture that can be read: {error}"
+                f"{path} is not a picture that can be read: {str(error) or repr(error)}"
             ) from None
     elif isinstance(image, Tensor):
         image = image.detach().cpu()
@@ -196,8 +230,8 @@ def load_image(image: ImageLike) -> Image.Image:
     elif isinstance(image, Image.Image):
         try:
             image.load()  # reads all of it
-        except OSError as error:
-            raise ValueError(f"the picture can't be read: {error}") from None
+        except Exception as error:
+            raise ValueError(f"the picture can't be read: {error!r}") from None
     else:
         raise ValueError(
             "an image must be a PIL image, a path or an array, "
@@ -255,46 +289,114 @@ def pack_rows(
     }
 
 
+def normalize_prompt(prompt: str) -> str:
+    """The one form of a prompt, for training and for asking.
+
+    No whitespace around it; after `detect` and `segment`, names are separated by
+    exactly " ; ". A comma may be part of a name and stays.
+    """
+    task, *rest = prompt.split(maxsplit=1) or [""]
+    if task in ("detect", "segment") and rest:
+        names = [name.strip() for name in rest[0].split(";")]
+        return f"{task} {' ; '.join(name for name in names if name)}".strip()
+    return prompt.strip()
+
+
+def check_tokens(text: str) -> None:
+    """Raise a ValueError for what a prompt or an answer can't contain.
+
+    That is special tokens, which the processor adds, and loc and seg tokens that don't
+    exist, such as `<loc7>` or `<seg128>`. An empty text is fine.
+    """
+    for token in (IMAGE_TOKEN, "<bos>", "<eos>", "<pad>", "<unk>"):
+        if token in text:
+            raise ValueError(
+                f"{text!r:.80} contains {token}: leave it out, the processor adds the "
+                "image tokens and the other special ones"
+            )
+    found = re.findall(r"<\s*(?:loc|seg)(?![a-z])[^<>]*>?", text, re.IGNORECASE)
+    if unknown := {*found}.difference(EXTRA_TOKENS):
+        raise ValueError(
+            f"{min(unknown)!r:.20} is not a token: there are <loc0000> to <loc1023> "
+            "and <seg000> to <seg127>"
+        )
+
+
+def _first_wrong_token(tokenizer: Any) -> str | None:
+    "The first of the extra tokens that isn't one id, in their order; None if all are."
+    first = tokenizer.convert_tokens_to_ids(EXTRA_TOKENS[0])
+    if first in (None, tokenizer.unk_token_id):
+        return EXTRA_TOKENS[0]
+    text = "".join(EXTRA_TOKENS)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
+    for index, token in enumerate(EXTRA_TOKENS):
+        if ids[index : index + 1] != [first + index]:
+            return token
+    return None
+
+
+def _as_strings(values: Any, name: str) -> list[str]:
+    "One string or several, as a list; TypeError for anything else."
+    values = [values] if isinstance(values, str) else values
+    if not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
+        raise TypeError(
+            f"{name} must be a string or a list of strings, not {values!r:.80}"
+        )
+    return list(values)
+
+
 class PaliGemmaProcessor:
     """Prompts and pictures → the tensors that the model takes.
 
     A row is `<image>` N times, `<bos>`, the prompt, a newline; with a suffix, then the
     suffix and `<eos>`. Same ids as transformers' processor of this name, and the same
-    pixels for upright, opaque, 8-bit pictures.
+    pixels for upright, opaque, 8-bit pictures. Different on purpose: prompts are
+    brought to one form (`normalize_prompt`), whitespace around a suffix is dropped, and
+    `<image>` or `<eos>` typed into either is an error (`check_tokens`).
     """
 
     def __init__(self, tokenizer: Any, num_image_tokens: int, image_size: int):
         """`tokenizer`: as AutoTokenizer gives it, with PaliGemma's extra tokens.
 
-        Raises ValueError where the tokenizer has no `<image>` token.
+        Extra tokens that are in its vocabulary, but not among its *added* tokens, would
+        be cut into letters: they are added, which keeps their ids. Raises ValueError
+        where one still isn't one id in PaliGemma's order, and for numbers below 1.
         """
+        for number in (num_image_tokens, image_size):
+            if not isinstance(number, Integral) or number < 1:
+                raise ValueError(
+                    "num_image_tokens and image_size must be whole numbers from 1, "
+                    f"not {num_image_tokens} and {image_size}"
+                )
+        ids = {*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS)}
+        if ids.isdisjoint({None, tokenizer.unk_token_id}):  # all are in the vocabulary
+            if _first_wrong_token(tokenizer):
+                add_paligemma_tokens(tokenizer)
+        if token := _first_wrong_token(tokenizer):
+            raise ValueError(
+                f"{token} isn't one token of this tokenizer, in PaliGemma's order: "
+                "call add_paligemma_tokens(tokenizer) first, or take the checkpoint's"
+            )
+        if None in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+            raise ValueError("the tokenizer names no bos_token or no eos_token")
         self.tokenizer = tokenizer
         self.num_image_tokens = num_image_tokens
         self.image_size = image_size
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        if self.image_token_id in (None, tokenizer.unk_token_id):
-            raise ValueError(
-                f"the tokenizer has no {IMAGE_TOKEN} token: "
-                "call add_paligemma_tokens(tokenizer) first"
-            )
         self.pad_token_id = tokenizer.pad_token_id or 0
 
     def encode_prefix(self, prompt: str) -> list[int]:
-        """Image tokens, BOS, prompt, newline as ids; ValueError if it has `<image>`."""
-        if IMAGE_TOKEN in prompt:
-            raise ValueError(
-                f"the prompt {prompt!r} contains {IMAGE_TOKEN}: leave it out, "
-                "the processor adds the image tokens"
-            )
+        """Image tokens, BOS, the normalized prompt, newline; errors: check_tokens."""
+        prompt = normalize_prompt(prompt)
+        check_tokens(prompt)
         ids = self.tokenizer.encode(prompt + "\n", add_special_tokens=False)
         image_ids = [self.image_token_id] * self.num_image_tokens
         return [*image_ids, self.tokenizer.bos_token_id, *ids]
 
     def encode_suffix(self, suffix: str) -> list[int]:
-        """Answer and EOS as ids; ValueError for `<image>` inside."""
-        if IMAGE_TOKEN in suffix:
-            raise ValueError(f"the suffix {suffix!r} contains {IMAGE_TOKEN}")
-        ids = self.tokenizer.encode(suffix, add_special_tokens=False)
+        """The answer and EOS, which is all of an empty answer; errors: check_tokens."""
+        check_tokens(suffix)
+        ids = self.tokenizer.encode(suffix.strip(), add_special_tokens=False)
         return [*ids, self.tokenizer.eos_token_id]
 
     def __call__(
@@ -303,19 +405,23 @@ class PaliGemmaProcessor:
         images: ImageLike | Sequence[ImageLike],
         suffix: str | Sequence[str] | None = None,
     ) -> dict[str, Tensor]:
-        """One picture a prompt → `input_ids`, `attention_mask` [B, T], `pixel_values`.
+        """Prompts, pictures → `input_ids`, `attention_mask` [B, T], `pixel_values`.
 
-        Rows are padded on the left, ready to generate. With `suffix`, to train: padded
-        on the right, with `token_type_ids` (1 on the suffix) and `labels` (-100 off
-        it). Raises ValueError unless prompts, pictures and suffixes are equally many.
+        A picture for each prompt, or for every n consecutive ones (one for all, too):
+        the model encodes each once. Rows are padded on the left, ready to generate.
+        With `suffix`, to train: padded on the right, with `token_type_ids` (1 on the
+        suffix) and `labels` (-100 off it). ValueError for numbers that don't fit.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = _as_strings(text, "text")
+        suffixes = None if suffix is None else _as_strings(suffix, "suffix")
         images = list(images) if isinstance(images, (list, tuple)) else [images]
-        suffixes = [suffix] if isinstance(suffix, str) else suffix
         if not texts:
             raise ValueError("text is empty: give at least one prompt and its picture")
-        if len(images) != len(texts):
-            raise ValueError(f"{len(texts)} prompts, but {len(images)} pictures")
+        if not images or len(texts) % len(images):
+            raise ValueError(
+                f"{len(texts)} prompts, but {len(images)} pictures: give one for each "
+                "prompt, or one for every n consecutive prompts"
+            )
         if suffixes is not None and len(suffixes) != len(texts):
             raise ValueError(f"{len(texts)} prompts, but {len(suffixes)} suffixes")
         pixels = [image_to_pixels(load_image(i), self.image_size) for i in images]
@@ -326,4 +432,4 @@ class PaliGemmaProcessor:
         else:
             answers = [self.encode_suffix(suffix) for suffix in suffixes]
             rows = pack_rows(prefixes, answers, self.pad_token_id, "right")
-        return {**rows, "pixel_values": torch.stack(pixels)}  # pixels [B, 3, S, S]
+        return {**rows, "pixel_values": torch.stack(pixels)}  # [pictures, 3, S, S]
