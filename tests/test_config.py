@@ -1,8 +1,11 @@
 """The dataclasses: the real file, what they refuse, to disk and back."""
 
 import json
+import math
+from dataclasses import fields
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 import transformers
@@ -267,19 +270,19 @@ def test_reading_changes_nothing_in_the_dict():
     [
         (
             lambda: SiglipVisionConfig(image_size=225),
-            "image_size=225 must be a positive multiple of patch_size=14",
+            "image_size=225 must be a multiple of patch_size=14",
         ),
         (
             lambda: SiglipVisionConfig(image_size=0),
-            "image_size=0 must be a positive multiple",
+            "image_size=0",
         ),
         (
             lambda: SiglipVisionConfig(patch_size=0),
-            "must be a positive multiple of patch_size=0",
+            "patch_size=0",
         ),
         (
             lambda: SiglipVisionConfig.from_dict({"hidden_size": 100}),
-            "hidden_size=100 must be a positive multiple of num_attention_heads=16",
+            "hidden_size=100 must be a multiple of num_attention_heads=16",
         ),
         (
             lambda: SiglipVisionConfig(patch_size=16, num_image_tokens=256),
@@ -288,34 +291,33 @@ def test_reading_changes_nothing_in_the_dict():
         ),
         (
             lambda: SiglipVisionConfig.from_dict({"model_type": "clip_vision_model"}),
-            "vision model_type 'clip_vision_model' is not supported; expected "
+            "model_type 'clip_vision_model' is not supported; expected "
             "'siglip_vision_model'",
         ),
         (
             lambda: SiglipVisionConfig.from_dict({"hidden_act": "quick_gelu"}),
-            "vision hidden_act 'quick_gelu' is not supported",
+            "hidden_act 'quick_gelu' is not supported",
         ),
         (
             lambda: GemmaConfig(num_attention_heads=8, num_key_value_heads=3),
-            "num_attention_heads=8 must be a positive multiple of "
-            "num_key_value_heads=3",
+            "num_attention_heads=8 must be a multiple of num_key_value_heads=3",
         ),
         (
             lambda: GemmaConfig(head_dim=7),
-            "head_dim=7 must be positive and even",
+            "head_dim=7 must be even",
         ),
         (
             lambda: GemmaConfig(head_dim=0),
-            "head_dim=0 must be positive and even",
+            "head_dim=0",
         ),
         (
             lambda: GemmaConfig.from_dict({"model_type": "llama"}),
-            "text model_type 'llama' is not supported; expected 'gemma'",
+            "model_type 'llama' is not supported; expected 'gemma'",
         ),
         (
             lambda: GemmaConfig.from_dict({"hidden_activation": "silu"}),
-            "text activation 'silu' is not supported; expected 'gelu_pytorch_tanh' or "
-            "'gelu'",
+            "hidden_activation 'silu' is not supported; expected 'gelu_pytorch_tanh' "
+            "or 'gelu'",
         ),
         (
             lambda: GemmaConfig.from_dict({"rope_parameters": {"rope_type": "yarn"}}),
@@ -323,11 +325,11 @@ def test_reading_changes_nothing_in_the_dict():
         ),
         (
             lambda: gemma2(model_type="gemma3"),
-            "text model_type 'gemma3' is not supported; expected 'gemma' or 'gemma2'",
+            "model_type 'gemma3' is not supported; expected 'gemma' or 'gemma2'",
         ),
         (
             lambda: Gemma2Config.from_dict({"model_type": "gemma"}),
-            "text model_type 'gemma' is not supported; expected 'gemma2'",
+            "model_type 'gemma' is not supported; expected 'gemma2'",
         ),
         (
             lambda: gemma2(layer_types=["full_attention"]),
@@ -335,13 +337,18 @@ def test_reading_changes_nothing_in_the_dict():
         ),
         (
             lambda: gemma2(layer_types=["chunked_attention"] * 46),
-            "layer type 'chunked_attention' is not supported; expected "
+            "layer_types: 'chunked_attention' is not supported; expected "
             "'sliding_attention' or 'full_attention'",
         ),
-        (lambda: gemma2(sliding_window=0), "sliding_window=0 must be positive"),
+        (lambda: gemma2(sliding_window=0), "sliding_window=0"),
         (
             lambda: gemma2(attn_logit_softcapping=-50.0),
-            "attn_logit_softcapping=-50.0 must be positive",
+            "attn_logit_softcapping=-50.0",
+        ),
+        (lambda: GemmaConfig(pad_token_id=300_000), "pad_token_id=300000 .*vocab_size"),
+        (
+            lambda: PaliGemmaConfig(pad_token_id=300_000),
+            "pad_token_id=300000 .*vocab_size",
         ),
         (
             lambda: PaliGemmaConfig(projection_dim=1024),
@@ -376,3 +383,123 @@ def test_file_that_is_no_config_of_ours(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         PaliGemmaConfig.from_pretrained(tmp_path)
+
+
+# Spoiled values
+
+CLASSES = (SiglipVisionConfig, GemmaConfig, Gemma2Config, PaliGemmaConfig)
+FIELDS = [(cls, f.name) for cls in CLASSES for f in fields(cls)]
+SPOILED = [None, True, False, "", "x", "7", [], [1], [None], {}, {"a": 1}, {1}, b"7"]
+SPOILED += [math.nan, math.inf, -math.inf, 2.5, -0.5, 0, 0.0, -1, 10**12, 10**400]
+
+
+@pytest.fixture
+def as_users_have_it():
+    """Without the tests' own type checker, which would refuse most of it first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def means_something(cls: type, name: str, value: object) -> bool:
+    """Whether a field may have this value, of those that are mostly spoiled."""
+    kind = str({f.name: f.type for f in fields(cls)}[name])
+    if isinstance(value, dict):
+        return name in ("vision_config", "text_config")  # unknown keys are ignored
+    if "float" in kind and isinstance(value, float):
+        return 0 < value < math.inf
+    is_zero = value == 0 and type(value) is int
+    from_zero = "_token_" in name or name == "num_hidden_layers"
+    return ("None" in kind and value is None) or (from_zero and is_zero)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize(("cls", "name"), FIELDS)
+def test_a_spoiled_value_is_refused_by_the_name_of_its_field(cls, name):
+    for value in SPOILED:
+        if means_something(cls, name, value):
+            made = cls(**{name: value})
+            assert value in (None, getattr(made, name)) or isinstance(value, dict)
+            continue
+        with pytest.raises(ValueError, match=name) as caught:
+            print(cls(**{name: value}))
+        assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("vision_config", f.name) for f in fields(SiglipVisionConfig)]
+    + [("text_config", f.name) for f in fields(Gemma2Config)]
+    + [("", f.name) for f in fields(PaliGemmaConfig)],
+)
+def test_a_file_with_a_spoiled_value_is_named_with_the_field(part, name, tmp_path):
+    """As it stands in a file: null means the default, the rest is refused."""
+    for value in (True, "x", [1], math.nan, math.inf, 2.5, -1, 0, 10**12):
+        values = json.loads(json.dumps(PALIGEMMA_2))
+        (values[part] if part else values)[name] = value
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        cls = {"vision_config": SiglipVisionConfig, "text_config": Gemma2Config}.get(
+            part, PaliGemmaConfig
+        )
+        if means_something(cls, name, value):
+            PaliGemmaConfig.from_pretrained(tmp_path)
+            continue
+        with pytest.raises(ValueError, match=rf"config\.json.*{name}") as caught:
+            PaliGemmaConfig.from_pretrained(tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize("part", ["vision_config", "text_config"])
+def test_a_part_that_is_no_dict(part, tmp_path):
+    for value in ("x", [], [1], 5, False):
+        values = PALIGEMMA_2 | {part: value}
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=part):
+            PaliGemmaConfig.from_pretrained(tmp_path)
+    # null and nothing at all are the real 3B model's
+    text = {part: None, "projection_dim": 2048} if part == "text_config" else {}
+    values = PALIGEMMA_2 | {"vision_config": None} | text
+    assert PaliGemmaConfig.from_dict(values).vision_config == SiglipVisionConfig()
+    values = {name: value for name, value in values.items() if name != part}
+    assert PaliGemmaConfig.from_dict(values).vision_config == SiglipVisionConfig()
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rope_parameters", "default"),
+        ("rope_parameters", [10000.0]),
+        ("rope_parameters", {"rope_type": ["default"]}),
+        ("rope_parameters", {"rope_theta": 0}),
+        ("rope_parameters", {"rope_theta": "10000"}),
+        ("rope_scaling", 2.0),
+        ("hidden_activation", ""),
+        ("hidden_activation", ["gelu"]),
+        ("hidden_act", 0),
+        ("model_type", ["gemma"]),
+        ("model_type", ""),
+    ],
+)
+def test_what_a_file_says_beside_the_fields_is_checked_too(name, value):
+    with pytest.raises(ValueError, match="rope|hidden_act|model_type"):
+        PaliGemmaConfig.from_dict({"text_config": {name: value}})
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "\x00", '{"model_type": "paligemma'])
+def test_a_file_that_no_parser_reads(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match="is not JSON"):
+        PaliGemmaConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.usefixtures("as_users_have_it")
+def test_absurd_sizes_cost_nothing():
+    """No loop over layers or tokens before a count is refused."""
+    for name in ("num_hidden_layers", "vocab_size", "max_position_embeddings"):
+        with pytest.raises(ValueError, match=name):
+            Gemma2Config(**{name: 10**12})
+    with pytest.raises(ValueError, match="image_size"):
+        SiglipVisionConfig(image_size=14 * 10**6)  # 10¹² tokens

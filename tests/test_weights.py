@@ -1,4 +1,5 @@
 import copy as copy_module
+import errno
 import json
 import os
 import re
@@ -20,6 +21,7 @@ import vlm.weights
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
 from vlm.weights import (
+    COMPANIONS,
     EMBEDDED,
     EMBEDDING,
     INDEX_FILE,
@@ -36,6 +38,7 @@ from vlm.weights import (
     load_chosen_model,
     load_hf_model,
     make_processor,
+    require_space,
     save_hf_model,
 )
 
@@ -934,6 +937,114 @@ def test_files_are_what_the_hub_has(checkpoint):
     assert TIED not in find_tensors(checkpoint)
     modes = {path.stat().st_mode for path in checkpoint.iterdir()}
     assert len(modes) == 1  # the weights may be read by whoever reads the config
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("size", ["5GB", "40KB"])
+@pytest.mark.parametrize("before", ["5GB", "40KB"])
+def test_a_save_stopped_between_two_files_is_finished_by_the_next_load(
+    model, tokenizer, tmp_path, monkeypatch, before, size
+):
+    """Whichever move is the last one: the new weights come, whole."""
+    torch.manual_seed(5)
+    wider = PaliGemmaForConditionalGeneration(tiny_config(text=dict(vocab_size=130)))
+    save_hf_model(wider, tokenizer, tmp_path / "wanted", size)
+    wanted, move = content(tmp_path / "wanted"), os.replace
+    for allowed in range(len(wanted) + 1):
+        folder, moves = tmp_path / str(allowed), iter(range(allowed + 1))
+
+        def stop(*paths, moves=moves):
+            if next(moves, None) is None:
+                raise KeyboardInterrupt
+            move(*paths)
+
+        save_hf_model(model, tokenizer, folder, before)
+        monkeypatch.setattr(os, "replace", stop)
+        try:
+            save_hf_model(wider, tokenizer, folder, size)
+        except KeyboardInterrupt:
+            pass
+        monkeypatch.setattr(os, "replace", move)
+        assert_same_weights(load_hf_model(folder, "cpu")[0], wider)
+        assert content(folder) == wanted, allowed
+
+
+# Files that belong to a model's mask tokens
+
+
+def test_companions_are_known_by_their_names():
+    from vlm.mask_tokens import DECODER_FILE, ENCODER_FILE
+    from vlm.segmentation import GOOGLE_DECODER
+
+    assert COMPANIONS == (DECODER_FILE, ENCODER_FILE, GOOGLE_DECODER)
+
+
+@pytest.mark.parametrize("names", [COMPANIONS[:2], COMPANIONS[:1], COMPANIONS[2:]])
+def test_what_reads_mask_tokens_comes_along(copy, tokenizer, tmp_path, names):
+    for name in names:
+        (copy / name).write_bytes(name.encode())
+    model, _ = load_hf_model(copy, "cpu")
+    assert model.name_or_path == str(copy.resolve())
+    save_hf_model(model, tokenizer, tmp_path / "new")
+    again, _ = load_hf_model(tmp_path / "new", "cpu")
+    save_hf_model(again, tokenizer, tmp_path / "new")  # where it came from
+    save_hf_model(again, tokenizer, tmp_path / "newer")
+    for folder in ("new", "newer"):
+        found = {n: x for n, x in content(tmp_path / folder).items() if n in COMPANIONS}
+        assert found == {name: name.encode() for name in names}
+
+
+def test_a_new_model_s_come_from_a_folder_that_is_named(model, tokenizer, tmp_path):
+    save_hf_model(model, tokenizer, tmp_path / "new", companions_from=EMBEDDED)
+    again, _ = load_hf_model(tmp_path / "new", "cpu")
+    assert again.companions == list(COMPANIONS[:2])
+    for name in COMPANIONS[:2]:
+        assert (tmp_path / "new" / name).read_bytes() == (EMBEDDED / name).read_bytes()
+    with pytest.raises(FileNotFoundError, match="mask_decoder"):
+        save_hf_model(model, tokenizer, tmp_path / "no", companions_from=tmp_path)
+    assert not (tmp_path / "no").exists()
+
+
+def test_companions_that_are_gone_are_missed_before_anything_is_replaced(
+    copy, checkpoint, tokenizer, tmp_path
+):
+    (copy / COMPANIONS[0]).write_bytes(b"decoder")
+    model, _ = load_hf_model(copy, "cpu")
+    (copy / COMPANIONS[0]).unlink()
+    place = Path(shutil.copytree(checkpoint, tmp_path / "place"))
+    before = content(place)
+    for folder in (place, copy):
+        with pytest.raises(FileNotFoundError, match="mask_decoder"):
+            save_hf_model(model, tokenizer, folder)
+    assert content(place) == before
+
+
+def test_another_model_s_companions_are_not_taken_for_this_one_s(
+    model, copy, tokenizer
+):
+    (copy / COMPANIONS[0]).write_bytes(b"decoder")
+    before = content(copy)
+    with pytest.raises(ValueError, match="mask_decoder"):
+        save_hf_model(model, tokenizer, copy)
+    assert content(copy) == before
+    save_hf_model(model, tokenizer, copy, companions_from=copy)
+
+
+def test_space_is_checked_before_anything_is_written(model, copy, monkeypatch):
+    before = content(copy)
+    usage = shutil.disk_usage(copy)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage)
+    monkeypatch.setattr(vlm.weights, "save_torch_state_dict", pytest.fail)
+    with pytest.raises(OSError, match=r"needs .* GB, 0\.0001 GB free in") as raised:
+        save_hf_model(model, None, copy)
+    assert raised.value.errno == errno.ENOSPC and content(copy) == before
+    require_space(copy / "not" / "there" / "yet", 100_000)
+    with pytest.raises(OSError, match="GB free in"):
+        require_space(copy / "not" / "there" / "yet", 100_001)
+    assert content(copy) == before
 
 
 # The model that VLM_MODEL names

@@ -6,16 +6,39 @@ Built in notebooks/01_config.ipynb: edit it there, then run `make export`.
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from reprlib import repr as short_repr
+from typing import Any, get_args, get_origin
 
 __all__ = ["SiglipVisionConfig", "GemmaConfig", "Gemma2Config", "PaliGemmaConfig"]
 
+# Far beyond any model, and small enough that nothing is out of time or memory yet.
+_MOST = {"num_hidden_layers": 1000, "image_size": 20_000}  # 10,000,000 of all else
 
-def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """The entries of `values` that `cls` has a field for.
+
+def _require(fits: bool, message: str) -> None:
+    if not fits:
+        raise ValueError(message)
+
+
+def _require_one_of(what: str, value: Any, expected: tuple[Any, ...]) -> None:
+    """Raise ValueError unless `value` is one of `expected`; None counts as absent."""
+    names = " or ".join(repr(name) for name in expected)
+    message = f"{what} {short_repr(value)} is not supported; expected {names}"
+    _require(value is None or value in expected, message)
+
+
+def _first_given(values: dict[str, Any], *names: str) -> Any:
+    """The first of these entries that is neither absent nor null; else None."""
+    return next((values[n] for n in names if values.get(n) is not None), None)
+
+
+def _known_fields(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """The entries of `values` that `cls` has a field for; ValueError for another model.
 
     null means the default, but where None is among a field's own values it means that.
     """
+    kind = values.get("model_type")
+    _require_one_of(f"{cls.__name__}: model_type", kind, (cls.model_type,))
     types = {f.name: get_args(f.type) for f in fields(cls)}
     return {
         name: value
@@ -24,21 +47,33 @@ def _known_fields(cls: type, values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _require_multiple(**sizes: int) -> None:
-    """Raise ValueError unless the first size is a positive multiple of the second."""
-    (name, size), (unit_name, unit) = sizes.items()
-    are_ints = isinstance(size, int) and isinstance(unit, int)
-    if not are_ints or size <= 0 or unit <= 0 or size % unit:
-        raise ValueError(
-            f"{name}={size} must be a positive multiple of {unit_name}={unit}"
+def _check_fields(config: Any) -> None:
+    """Raise ValueError, by name, for a field whose value isn't what its type asks for.
+
+    Floats are positive; whole numbers too, but token ids and layers count from 0 on.
+    """
+    for f in fields(config):
+        value = getattr(config, f.name)
+        kinds = [get_origin(kind) or kind for kind in get_args(f.type) or (f.type,)]
+        if int in kinds:
+            least = 0 if "_token_" in f.name or "layers" in f.name else 1
+            most = _MOST.get(f.name, 10_000_000)
+            fits = type(value) is int and least <= value <= most  # a bool isn't one
+            expected = f"a whole number from {least} to {most:,}"
+        elif float in kinds:
+            fits = type(value) in (int, float) and 0 < value < 1e12  # not NaN either
+            expected = "a positive number"
+        elif str in kinds:
+            fits, expected = value == f.default, repr(f.default)
+        else:
+            fits = isinstance(value, tuple(kinds))
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            expected = expected.replace("NoneType", "None")
+        _require(
+            fits or (value is None and type(None) in kinds),
+            f"{type(config).__name__}: {f.name}={short_repr(value)}, "
+            f"expected {expected}",
         )
-
-
-def _require_one_of(what: str, value: Any, expected: tuple[Any, ...]) -> None:
-    """Raise ValueError unless `value` is one of `expected`; None counts as absent."""
-    if value is not None and value not in expected:
-        names = " or ".join(repr(name) for name in expected)
-        raise ValueError(f"{what} {value!r} is not supported; expected {names}")
 
 
 @dataclass
@@ -46,7 +81,7 @@ class SiglipVisionConfig:
     """Sizes of the SigLIP image encoder; the defaults are So400m/14 at 224 px.
 
     `num_image_tokens` is (image_size / patch_size)², derived when absent. Raises
-    ValueError where sizes contradict each other.
+    ValueError for a value that can't be, and where sizes contradict each other.
     Source: Zhai et al. 2023 (SigLIP), Alabdulmohsin et al. 2023 (So400m).
     """
 
@@ -62,19 +97,24 @@ class SiglipVisionConfig:
     model_type: str = "siglip_vision_model"
 
     def __post_init__(self) -> None:
-        _require_multiple(image_size=self.image_size, patch_size=self.patch_size)
-        _require_multiple(
-            hidden_size=self.hidden_size, num_attention_heads=self.num_attention_heads
+        _check_fields(self)
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"image_size={self.image_size} must be a multiple of "
+            f"patch_size={self.patch_size}",
+        )
+        _require(
+            self.hidden_size % self.num_attention_heads == 0,
+            f"hidden_size={self.hidden_size} must be a multiple of "
+            f"num_attention_heads={self.num_attention_heads}",
         )
         derived = (self.image_size // self.patch_size) ** 2
-        if self.num_image_tokens is None:
-            self.num_image_tokens = derived
-        elif self.num_image_tokens != derived:
-            raise ValueError(
-                f"num_image_tokens={self.num_image_tokens}, but a picture of "
-                f"{self.image_size} px in patches of {self.patch_size} px makes "
-                f"{derived}"
-            )
+        _require(
+            self.num_image_tokens in (None, derived),
+            f"num_image_tokens={self.num_image_tokens}, but a picture of "
+            f"{self.image_size} px in patches of {self.patch_size} px makes {derived}",
+        )
+        self.num_image_tokens = derived
 
     @property
     def head_dim(self) -> int:
@@ -87,13 +127,10 @@ class SiglipVisionConfig:
 
         Raises ValueError for another kind of model or another activation.
         """
-        _require_one_of(
-            "vision model_type", values.get("model_type"), ("siglip_vision_model",)
-        )
-        _require_one_of(
-            "vision hidden_act", values.get("hidden_act"), ("gelu_pytorch_tanh",)
-        )
-        return cls(**_known_fields(cls, values))
+        known = _known_fields(cls, values)
+        act = values.get("hidden_act")
+        _require_one_of("SiglipVisionConfig: hidden_act", act, ("gelu_pytorch_tanh",))
+        return cls(**known)
 
 
 @dataclass
@@ -101,7 +138,7 @@ class GemmaConfig:
     """Sizes of the Gemma decoder; the defaults are those of PaliGemma 3B's Gemma 2B.
 
     `head_dim` stands on its own: it need not be hidden_size / num_attention_heads.
-    Raises ValueError where sizes contradict each other.
+    Raises ValueError for a value that can't be, and where sizes contradict each other.
     Source: Gemma Team 2024.
     """
 
@@ -119,15 +156,21 @@ class GemmaConfig:
     model_type: str = "gemma"
 
     def __post_init__(self) -> None:
-        _require_multiple(
-            num_attention_heads=self.num_attention_heads,
-            num_key_value_heads=self.num_key_value_heads,
+        _check_fields(self)
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+            f"num_key_value_heads={self.num_key_value_heads}",
         )
-        if self.head_dim <= 0 or self.head_dim % 2:
-            raise ValueError(
-                f"head_dim={self.head_dim} must be positive and even: "
-                "RoPE rotates pairs of dimensions"
-            )
+        _require(
+            self.head_dim % 2 == 0,
+            f"head_dim={self.head_dim} must be even: RoPE rotates pairs of dimensions",
+        )
+        _require(
+            self.pad_token_id < self.vocab_size,
+            f"pad_token_id={self.pad_token_id} must be below "
+            f"vocab_size={self.vocab_size}",
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GemmaConfig":
@@ -135,19 +178,23 @@ class GemmaConfig:
 
         Raises ValueError for another kind of model, activation or RoPE.
         """
-        _require_one_of("text model_type", values.get("model_type"), (cls.model_type,))
+        known = _known_fields(cls, values)
         # Older files say "gelu" and mean the tanh approximation: Gemma has no other.
-        _require_one_of(
-            "text activation",
-            values.get("hidden_activation") or values.get("hidden_act"),
-            ("gelu_pytorch_tanh", "gelu"),
-        )
+        act = _first_given(values, "hidden_activation", "hidden_act")
+        expected = ("gelu_pytorch_tanh", "gelu")
+        _require_one_of(f"{cls.__name__}: hidden_activation", act, expected)
         # transformers 5 keeps the base of RoPE one level down.
-        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-        kind = rope.get("rope_type") or rope.get("type")
-        _require_one_of("rope_type", kind, ("default",))
-        theta = values.get("rope_theta") or rope.get("rope_theta")
-        return cls(**_known_fields(cls, values | {"rope_theta": theta}))
+        rope = _first_given(values, "rope_parameters", "rope_scaling")
+        rope = {} if rope is None else rope
+        _require(
+            isinstance(rope, dict),
+            f"{cls.__name__}: rope_parameters={short_repr(rope)}, expected dict",
+        )
+        kind = _first_given(rope, "rope_type", "type")
+        _require_one_of(f"{cls.__name__}: rope_type", kind, ("default",))
+        if rope.get("rope_theta") is not None:
+            known.setdefault("rope_theta", rope["rope_theta"])
+        return cls(**known)
 
 
 @dataclass
@@ -161,7 +208,7 @@ class Gemma2Config(GemmaConfig):
     - `layer_types`: "sliding_attention" or "full_attention" for each layer; every
       other one when absent, and the first layer has a window.
 
-    Raises ValueError where sizes contradict each other.
+    Raises ValueError for a value that can't be, and where sizes contradict each other.
     Source: Gemma Team 2024 (Gemma 2), Steiner et al. 2024 (PaliGemma 2).
     """
 
@@ -178,25 +225,16 @@ class Gemma2Config(GemmaConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in (
-            "query_pre_attn_scalar",
-            "attn_logit_softcapping",
-            "final_logit_softcapping",
-            "sliding_window",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}={value} must be positive")
         kinds = ("sliding_attention", "full_attention")
         if self.layer_types is None:
             self.layer_types = [kinds[i % 2] for i in range(self.num_hidden_layers)]
         for kind in self.layer_types:  # None too is another one
-            _require_one_of("layer type", str(kind), kinds)
-        if len(self.layer_types) != self.num_hidden_layers:
-            raise ValueError(
-                f"{len(self.layer_types)} layer_types for num_hidden_layers="
-                f"{self.num_hidden_layers}: give one for each layer, or none"
-            )
+            _require_one_of("layer_types:", str(kind), kinds)
+        _require(
+            len(self.layer_types) == self.num_hidden_layers,
+            f"{len(self.layer_types)} layer_types for num_hidden_layers="
+            f"{self.num_hidden_layers}: give one for each layer, or none",
+        )
 
 
 @dataclass
@@ -206,7 +244,7 @@ class PaliGemmaConfig:
     `vision_config` and `text_config` may be dicts, as in a config.json, or config
     objects. Every default is the real 3B model's at 224 px. `image_token_index` may lie
     outside the embedding's rows: that id is replaced before the lookup.
-    Raises ValueError where the parts don't fit together.
+    Raises ValueError for a value that can't be, and where the parts don't fit together.
     Source: Beyer et al. 2024 (PaliGemma).
     """
 
@@ -222,19 +260,25 @@ class PaliGemmaConfig:
     model_type: str = "paligemma"
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         if isinstance(self.vision_config, dict):
             self.vision_config = SiglipVisionConfig.from_dict(self.vision_config)
         if isinstance(self.text_config, dict):
             kind = self.text_config.get("model_type")
-            _require_one_of("text model_type", kind, ("gemma", "gemma2"))
+            _require_one_of("text_config: model_type", kind, ("gemma", "gemma2"))
             text_class = Gemma2Config if kind == "gemma2" else GemmaConfig
             self.text_config = text_class.from_dict(self.text_config)
-        if self.projection_dim != self.text_config.hidden_size:
-            raise ValueError(
-                f"projection_dim={self.projection_dim} must equal the text model's "
-                f"hidden_size={self.text_config.hidden_size}: image features join its "
-                "stream"
-            )
+        _require(
+            self.projection_dim == self.text_config.hidden_size,
+            f"projection_dim={self.projection_dim} must equal the text model's "
+            f"hidden_size={self.text_config.hidden_size}: image features join its "
+            "stream",
+        )
+        _require(
+            self.pad_token_id < self.text_config.vocab_size,
+            f"pad_token_id={self.pad_token_id} must be below the text model's "
+            f"vocab_size={self.text_config.vocab_size}",
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PaliGemmaConfig":
@@ -242,10 +286,8 @@ class PaliGemmaConfig:
 
         Raises ValueError for another kind of model.
         """
-        _require_one_of("model_type", values.get("model_type"), ("paligemma",))
-        index = values.get("image_token_index")
-        if index is None:  # transformers 5 calls the same number image_token_id
-            index = values.get("image_token_id")
+        # transformers 5 has another name for the same number.
+        index = _first_given(values, "image_token_index", "image_token_id")
         return cls(**_known_fields(cls, values | {"image_token_index": index}))
 
     @classmethod
@@ -262,11 +304,14 @@ class PaliGemmaConfig:
             )
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(values, dict) or values.get("model_type") is None:
             raise ValueError(f"{path} says no model_type: expected 'paligemma'")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of a config.json, which transformers reads too."""

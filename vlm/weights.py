@@ -3,12 +3,14 @@
 Built in notebooks/14_weights.ipynb: edit it there, then run `make export`.
 """
 
+import errno
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .config import PaliGemmaConfig
@@ -35,15 +37,19 @@ __all__ = [
     "EMBEDDED",
     "SINGLE_FILE",
     "INDEX_FILE",
+    "SHARDS",
     "RENAMES",
     "EMBEDDING",
     "TIED",
     "SMALL_FILES",
+    "COMPANIONS",
     "ALL_FILES",
+    "STAGED",
     "FLOAT_TYPES",
     "READ_AHEAD",
     "canonical_name",
     "explain_hub_error",
+    "finish_save",
     "find_checkpoint",
     "tensor_names",
     "read_index",
@@ -63,6 +69,9 @@ __all__ = [
     "make_processor",
     "preprocessor_config",
     "generation_config",
+    "require_space",
+    "tensors_to_save",
+    "find_companions",
     "save_hf_model",
     "describe_model",
     "load_chosen_model",
@@ -71,9 +80,11 @@ __all__ = [
 EMBEDDED = Path(str(package_files("vlm"))) / "checkpoints" / "paligemma-stickers"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+SHARDS = "model-*-of-*.safetensors"
 
 # Other layouts' names → ours, which are those of the hub's files.
 RENAMES = (
+    (r"(^|(?<=\.))(_orig_mod|module)\.", ""),  # torch.compile, data parallel
     (r"^model\.", ""),  # transformers 5 in memory
     (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
     (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
@@ -142,7 +153,39 @@ def explain_hub_error(name: str, revision: str | None, error: Exception) -> str:
 
 
 SMALL_FILES = ("*.json", "tokenizer.model")  # config, tokenizer, index: quick to fetch
-ALL_FILES = (*SMALL_FILES, "*.safetensors")
+# What reads and writes mask tokens, beside the weights: chapter 16's and Google's.
+COMPANIONS = ("mask_decoder.safetensors", "mask_encoder.safetensors", "vae-oid.npz")
+ALL_FILES = (*SMALL_FILES, "*.safetensors", "vae-oid.npz")
+
+
+def _companions_in(folder: Path) -> list[str]:
+    return [name for name in COMPANIONS if (folder / name).is_file()]
+
+
+STAGED = ".complete-save"  # where a save lies between "all written" and "all in place"
+
+
+def finish_save(folder: Path) -> None:
+    """Move a complete save to its place: its weights' entry, file or index, last.
+
+    Interrupted, it can go on: a load calls it too. Until the entry moves, the former
+    weights' is there; what isn't a part of the new ones goes.
+    """
+    staged = folder / STAGED
+    if not staged.is_dir():
+        return
+    entry, weights = SINGLE_FILE, {SINGLE_FILE}
+    if (staged / INDEX_FILE).is_file():
+        shards = json.loads((staged / INDEX_FILE).read_text("utf-8"))["weight_map"]
+        entry, weights = INDEX_FILE, {INDEX_FILE, *shards.values()}
+    former = {SINGLE_FILE, INDEX_FILE, *(f.name for f in folder.glob(SHARDS))}
+    for file in sorted(staged.iterdir(), key=lambda file: file.name == entry):
+        for name in former - weights if file.name == entry else ():
+            (folder / name).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another process was quicker
+            os.replace(file, folder / file.name)
+    with suppress(OSError):
+        staged.rmdir()
 
 
 def find_checkpoint(
@@ -167,6 +210,7 @@ def find_checkpoint(
         return EMBEDDED
     folder = Path(model_path).expanduser()
     if folder.is_dir():
+        finish_save(folder)
         return folder
     if folder.exists():
         raise FileNotFoundError(f"{folder} is a file: give the folder that holds it")
@@ -201,7 +245,7 @@ def tensor_names(file: Path) -> list[str]:
 
 def _what_instead(folder: Path) -> str:
     "What lies in a folder without the file of weights, and what to do about it."
-    if list(folder.glob("model-*-of-*.safetensors")):
+    if list(folder.glob(SHARDS)):
         return f", only shards without their index: fetch {INDEX_FILE} too"
     if list(folder.glob("*.bin*")):
         return (
@@ -240,7 +284,7 @@ def find_tensors(folder: Path) -> dict[str, Path]:
         raise FileNotFoundError(f"{folder} has no {SINGLE_FILE}{_what_instead(folder)}")
     weight_map = read_index(index)
     shards = sorted(set(weight_map.values()))
-    for file in folder.glob("model-*-of-*.safetensors"):
+    for file in folder.glob(SHARDS):
         if file.name not in shards:
             raise ValueError(
                 f"{index} names no tensor of {file.name}, a shard beside it: fetch the "
@@ -532,7 +576,8 @@ def load_hf_model(
     A hub id may end in `@revision`, a branch, tag or commit; `revision` says the same.
     Three layouts of names are understood (hub files, transformers 5 in memory, and what
     it saves); safetensors only, one file or shards. Every name and shape is checked
-    before a weight is read. The model comes in eval mode.
+    before a weight is read. The model comes in eval mode, and remembers where it came
+    from: the folder in `name_or_path`, and which `COMPANIONS` lay there.
     Raises FileNotFoundError and ValueError that name the file and the tensor.
     """
     device = choose_device(device)
@@ -548,6 +593,8 @@ def load_hf_model(
     stored, decoder = stored_dtype(files), config.text_config.model_type
     dtype = choose_dtype(dtype, stored, device, decoder)
     read_weights(model, files, device, dtype)
+    model.name_or_path = str(folder.resolve())
+    model.companions = _companions_in(folder)
     return model.to(device).eval(), tokenizer  # the buffers move too
 
 
@@ -597,26 +644,122 @@ def generation_config(config: PaliGemmaConfig) -> dict[str, Any]:
     }
 
 
-def save_hf_model(
+def require_space(folder: str | os.PathLike, num_bytes: int) -> None:
+    """Raise OSError (ENOSPC) unless the disk of `folder` has so many bytes free."""
+    place = Path(folder).expanduser().absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < num_bytes:
+        needs = f"needs {num_bytes / 1e9:.3g} GB, {free / 1e9:.3g} GB free in {folder}"
+        raise OSError(errno.ENOSPC, needs)
+
+
+@contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+    "The libraries' errors for a full disk, which aren't OSErrors, become one."
+    try:
+        yield
+    except Exception as error:
+        if "No space left" in str(error):
+            text = f"no space left while writing into {folder}: nothing was replaced"
+            raise OSError(errno.ENOSPC, text) from error
+        raise
+
+
+def tensors_to_save(
+    model: nn.Module,
+) -> tuple[PaliGemmaForConditionalGeneration, dict[str, Tensor]]:
+    """(the model itself, its tensors by name), out of compile's and DDP's wrappers.
+
+    Raises ValueError for what a checkpoint can't hold: adapters, other names or shapes
+    than the config's, an output head that isn't the embedding.
+    """
+    inner = model
+    while not isinstance(inner, PaliGemmaForConditionalGeneration):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            raise ValueError(
+                f"a {type(model).__name__} of {type(model).__module__} isn't saved "
+                "here: of peft's, save what merge_and_unload() returns, or the adapter "
+                "by its own save_pretrained"
+            )
+    state = {canonical_name(name): t for name, t in inner.state_dict().items()}
+    wanted = {n: t.shape for n, t in empty_model(inner.config).state_dict().items()}
+    plain = {
+        (name, tensor.shape)
+        for name, tensor in state.items()
+        if type(tensor) is Tensor and tensor.dtype in FLOAT_TYPES.values()
+    }
+    if odd := sorted({*state, *wanted} - dict(plain & wanted.items()).keys()):
+        raise ValueError(
+            f"{odd[0]} isn't a plain tensor like the model's config says, and nobody "
+            "could load it: merge adapters (peft's merge_and_unload), gather shards, "
+            "save before quantizing"
+        )
+    if any(tensor.is_meta for tensor in state.values()):
+        raise ValueError("a model on the meta device has no weights to save")
+    head = state.pop(TIED)
+    if head is not state[EMBEDDING] and not torch.equal(head, state[EMBEDDING]):
+        raise ValueError(f"{TIED} isn't {EMBEDDING} any more: call tie_weights first")
+    return inner, state
+
+
+def find_companions(
     model: PaliGemmaForConditionalGeneration,
+    folder: Path,
+    companions_from: str | os.PathLike | None,
+) -> list[Path]:
+    """The mask tokens' files that go with a model into `folder`.
+
+    Those of the folder that it was loaded from, all that were there then; or those in
+    `companions_from`. Raises FileNotFoundError where they are gone, ValueError where
+    `folder` holds another model's.
+    """
+    names = getattr(model, "companions", [])
+    source = Path(companions_from or getattr(model, "name_or_path", ""))
+    if companions_from is not None:
+        names = _companions_in(source) or COMPANIONS[:1]
+    for name in names:
+        if not (source / name).is_file():
+            raise FileNotFoundError(
+                f"no {name} in {source}, and this model's masks need it: give the "
+                "folder that holds it as companions_from"
+            )
+    others = set(_companions_in(folder)) - set(names)
+    if others and source.resolve() != folder.resolve():
+        raise ValueError(
+            f"{folder} holds another model's {others.pop()}: save elsewhere, or give "
+            "companions_from"
+        )
+    return [source / name for name in names]
+
+
+def save_hf_model(
+    model: nn.Module,
     tokenizer: Any,
     folder: str | os.PathLike,
     max_shard_size: str = "5GB",
+    companions_from: str | os.PathLike | None = None,
 ) -> None:
     """Write a checkpoint in the hub's layout, which transformers loads as it is.
 
-    Larger than `max_shard_size` (like "5GB") it becomes shards and an index. Files are
-    written beside their places and moved there when all of them are complete.
+    Larger than `max_shard_size` (like "5GB") it becomes shards and an index. What reads
+    its mask tokens comes along, from where the model was loaded or `companions_from`.
+    Everything is checked, the space too, and written beside its place; it moves there
+    when all of it is complete.
+    Raises ValueError, FileNotFoundError or OSError; what was in `folder` is there then.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
+    model, state = tensors_to_save(model)
+    companions = find_companions(model, folder, companions_from)
+    size = sum(tensor.nbytes for tensor in state.values())
+    require_space(folder, size)  # nothing is begun that can't end well
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: t for name, t in model.state_dict().items() if name != TIED}
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        staged = Path(scratch)
-        save_torch_state_dict(state, staged, max_shard_size=max_shard_size)
+    finish_save(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, _full_disk(folder):
+        staged = Path(scratch, "complete")
         model.config.save_pretrained(staged)
-        for file in staged.glob("*.safetensors"):  # made readable for the owner alone
-            shutil.copymode(staged / "config.json", file)
         tokenizer.save_pretrained(staged)
         for name, values in (
             ("preprocessor_config.json", preprocessor_config(model.config)),
@@ -624,13 +767,14 @@ def save_hf_model(
         ):
             text = json.dumps(values, indent=2) + "\n"
             (staged / name).write_text(text, encoding="utf-8")
-        written = {file.name for file in staged.iterdir()}
-        for name in sorted(written):
-            os.replace(staged / name, folder / name)
-    # What an earlier save left behind must not be taken for a part of this one.
-    for old in folder.glob("model*.safetensors*"):
-        if old.name not in written:
-            old.unlink()
+        for file in companions:
+            shutil.copyfile(file, staged / file.name)
+        require_space(folder, size)
+        save_torch_state_dict(state, staged, max_shard_size=max_shard_size)
+        for file in staged.glob("*.safetensors"):  # made readable for the owner alone
+            shutil.copymode(staged / "config.json", file)
+        os.replace(staged, folder / STAGED)
+    finish_save(folder)
 
 
 def describe_model(
