@@ -351,6 +351,7 @@ def test_a_prompt_in_its_form_gets_no_remark(prompt):
         ({"prompt": ["detect owl"]}, "prompt"),
         ({"image_file_path": None}, "path"),
         ({"image_file_path": ["picture.png"]}, "path"),
+        ({"processor": None}, "make_processor"),
         ({"max_tokens_to_generate": "many"}, "max_tokens_to_generate"),
         ({"max_tokens_to_generate": None}, "max_tokens_to_generate"),
         ({"temperature": "hot"}, "temperature"),
@@ -358,13 +359,15 @@ def test_a_prompt_in_its_form_gets_no_remark(prompt):
         ({"do_sample": "False"}, "do_sample"),
         ({"seed": 1.5}, "seed"),
         ({"output": 3}, "path"),
+        ({"device": "gpu"}, "device"),
         ({"prompt": "segment owl", "decoder": "vae-oid.npz"}, "load_mask_decoder"),
     ],
 )
-def test_arguments_of_a_wrong_type_are_named(wrong, named, capsys):
-    request = {"prompt": "detect owl", "image_file_path": "picture.png"}
+def test_arguments_of_a_wrong_type_are_named(wrong, named, tokenizer, capsys):
+    asked = {"model": None, "processor": PaliGemmaProcessor(tokenizer, 4, 28)}
+    asked |= {"device": "cpu", "prompt": "detect owl", "image_file_path": "picture.png"}
     with pytest.raises((TypeError, ValueError), match=f"(?i){named}"):
-        test_inference(None, None, "cpu", **request | wrong)
+        test_inference(**asked | wrong)
     assert capsys.readouterr().out == ""
 
 
@@ -663,6 +666,7 @@ MISTAKES = [
     ),
     (ask("detect"), 'detect what? Name it, as in "detect owl"'),
     (ask(" segment "), "segment what?"),
+    (ask("detect ;"), "detect what?"),
     (ask("segment owl", "--mask_decoder", "no.npz"), "no.npz"),
     (ask("segment owl", "--mask_decoder", "letter.jpg"), "letter.jpg"),
     (ask("segment owl", "--mask_decoder", "empty"), "in empty"),

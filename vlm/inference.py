@@ -285,7 +285,7 @@ def check_prompt(prompt: str) -> str:
     """The prompt's first word, its task; ValueError for a prompt that asks nothing."""
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be a string, not {type(prompt).__name__}")
-    task, *things = prompt.split() or [""]
+    task, *things = prompt.replace(";", " ").split() or [""]
     if not task:
         raise ValueError('the prompt is empty: say what to ask, as in "caption en"')
     if task in ("detect", "segment") and not things:
@@ -367,7 +367,7 @@ def answer_steps(
     """
     from .sampling import check_inputs, generation_steps
 
-    inputs = processor(text=[prompt.strip()] * len(images), images=images)
+    inputs = processor(text=[prompt] * len(images), images=images)
     check_inputs(model, inputs, settings)
     yield from generation_steps(model, processor.tokenizer, inputs, settings)
 
@@ -535,8 +535,15 @@ def test_inference(
     `decoder`: the model's mask decoder, which `segment …` needs.
     Raises FileNotFoundError, ValueError and TypeError that say what to do.
     """
-    from .processing import load_image
+    from .processing import PaliGemmaProcessor, load_image
+    from .weights import choose_device
 
+    if not isinstance(processor, PaliGemmaProcessor):
+        raise TypeError(
+            "the processor must be a PaliGemmaProcessor: make_processor(model, "
+            "tokenizer) returns one"
+        )
+    device = choose_device(device)
     check_decoder(prompt, decoder)
     picture = load_image(image_file_path)
     outputs = [] if output is None else drawing_paths(output, [image_file_path])
