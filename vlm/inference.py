@@ -97,7 +97,8 @@ vae-oid.npz.
 
 With --json each picture gives one line: an object with file, width, height, prompt,
 answer, truncated, objects (in COCO's form: label, score, bbox, segmentation), invalid
-and repeated; or, for a file that can't be read, with file, prompt and error.
+and repeated; or, for a file that can't be read, with file, prompt and error. The exit
+status is 1 then, 2 where nothing could be asked.
 
 Examples, each on one line:
   python -m vlm.inference --prompt "caption en" --image_file_path scene.png
@@ -208,14 +209,14 @@ def find_images(words: Sequence[str]) -> list[str]:
 
     kinds, files = Image.registered_extensions(), []
 
-    def is_image(file: str) -> bool:  # Pillow can read it, and it's no other data
-        kind = kinds.get(Path(file).suffix.lower())
+    def is_image(name: str) -> bool:  # Pillow can read it, and it's no other data
+        kind = None if name.startswith(".") else kinds.get(Path(name).suffix.lower())
         return kind in Image.OPEN and Image.MIME.get(kind, "").startswith("image/")
 
     for word in words:
         path = os.path.expanduser(word)
         if os.path.isdir(path):
-            found = filter(is_image, glob.glob(os.path.join(glob.escape(path), "*")))
+            found = [os.path.join(path, n) for n in os.listdir(path) if is_image(n)]
         elif set("*?[") & set(path) and "://" not in path and not os.path.exists(path):
             found = glob.glob(path, recursive=True)
         else:
@@ -300,7 +301,8 @@ def prompt_remarks(prompt: str) -> list[str]:
     names = [name for name in re.split(r"\s*(?:[,;]|\band\b)\s*", rest) if name]
     advice = ""
     if task in ("detect", "segment") and len(names) > rest.count(";") + 1:
-        advice = f'only ";" separates names: "{task} {" ; ".join(names)}"'
+        several = f'"{task} {" ; ".join(names)}"'
+        advice = f'only ";" separates names: for several things write {several}'
     elif task == "caption" and not set(words[:1]) & set(LANGUAGES):
         advice = 'a language comes after caption: "caption en"'
     elif task == "answer" and not set(words[:1]) & set(LANGUAGES):
