@@ -4,6 +4,8 @@ The answer is given; what counts is what the model sees and where boxes and mask
 """
 
 from collections.abc import Callable
+from contextlib import suppress
+from random import Random
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ import vlm.sampling
 from vlm.inference import Playground, read_answer, test_inference
 from vlm.mask_tokens import MaskDecoder
 from vlm.paligemma import PaliGemmaForConditionalGeneration
-from vlm.processing import PaliGemmaProcessor, image_to_pixels
+from vlm.processing import PaliGemmaProcessor, image_to_pixels, load_image
 from vlm.sampling import Generation
 
 SIDE = 28  # of the square that the tiny model sees
@@ -215,6 +217,45 @@ def test_narrow_pictures(size, model, processor, decoder, seen, tmp_path, capsys
     assert 1 <= mask <= size[0] * size[1]
     with Image.open(tmp_path / "o.png") as drawn:
         assert drawn.size == size
+
+
+def damaged(data: bytes, random: Random) -> bytes:
+    """A few bytes changed, left out or put in, or the end cut off."""
+    data = bytearray(data)
+    for _ in range(random.choice([1, 2, 4])):
+        place, some = random.randrange(len(data)), random.randbytes(random.randrange(5))
+        damage = random.choice(["change", "change", "insert", "delete", "cut"])
+        if damage == "change":
+            data[place] = random.choice([0, 127, 255, random.randrange(256)])
+        elif damage == "insert":
+            data[place:place] = some
+        elif damage == "delete":
+            del data[place : place + len(some)]
+        else:
+            del data[max(place, 2) :]
+    return bytes(data)
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of much that it mends
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_file_is_read_or_refused(name, tmp_path):
+    make, settings, _, _ = FILES[name]
+    path, small = tmp_path / name, scene(9, 6)  # small: damage hits headers too
+    moves = frames(small) if "save_all" in settings else {}
+    make(small).save(path, exif=exif(6), **{**settings, **moves})
+    whole, random, read = path.read_bytes(), Random(0), 0
+    for _ in range(40):
+        path.write_bytes(damaged(whole, random))
+        with suppress(ValueError):  # and nothing else
+            load_image(path)
+            read += 1
+        try:
+            opened = Image.open(path)
+        except Exception:  # Pillow's own, before the picture is ours
+            continue
+        with opened, suppress(ValueError):
+            load_image(opened)
+    assert read < 40
 
 
 def test_the_same_answer_scales_with_the_picture(decoder):

@@ -109,7 +109,7 @@ def box_to_locs(box: Box, width: float, height: float) -> str:
         bins = [round(min(max(v, 0.0), 1.0) * (NUM_LOCS - 1)) for v in fractions]
     except (TypeError, ValueError):  # not four, not numbers, or NaN
         raise ValueError(f"a box is four numbers x0, y0, x1, y1, not {box}") from None
-    return "".join(loc_token(b) for b in bins)
+    return "".join(loc_token(u) for u in bins)
 
 
 def locs_to_box(text: str, width: float, height: float) -> Box | None:
@@ -121,7 +121,7 @@ def locs_to_box(text: str, width: float, height: float) -> Box | None:
     bins = [int(n) for n in re.findall(r"<loc([0-9]{4})>", text)]
     if len(bins) != 4 or max(bins) >= NUM_LOCS:
         return None
-    y0, x0, y1, x1 = (b / (NUM_LOCS - 1) for b in bins)
+    y0, x0, y1, x1 = (u / (NUM_LOCS - 1) for u in bins)
     if y1 <= y0 or x1 <= x0:
         return None
     return (x0 * width, y0 * height, x1 * width, y1 * height)
@@ -160,7 +160,7 @@ def array_to_image(array: np.ndarray) -> Image.Image:
         array = (array / 257).round().astype(np.uint8)  # 65535 = 255 * 257
     elif np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError("pictures made of floats must lie in 0…1: divide them")
+            raise ValueError("an image of floats must lie in 0…1 (bytes / 255)")
         array = (array * 255).round().astype(np.uint8)
     elif array.dtype != np.uint8:
         raise ValueError(
@@ -251,8 +251,8 @@ def load_image(image: ImageLike) -> Image.Image:
 def image_to_pixels(image: Image.Image, image_size: int) -> Float[Tensor, "3 S S"]:
     """RGB picture → float32 [3, S, S] in [-1, 1].
 
-    The picture is squeezed to a square, bicubic, its aspect not kept. A box in shares
-    of the sides fits the square and the original alike.
+    Resized to a square, bicubic as in transformers, ignoring the aspect ratio. A box in
+    fractions of the sides fits the square and the original alike.
     """
     square = image.resize((image_size, image_size), Image.Resampling.BICUBIC)
     pixels = torch.from_numpy(np.array(square))  # [S, S, 3] uint8
@@ -368,11 +368,11 @@ class PaliGemmaProcessor:
                     "num_image_tokens and image_size must be whole numbers from 1, "
                     f"not {num_image_tokens} and {image_size}"
                 )
+        token = _first_wrong_token(tokenizer)
         ids = {*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS)}
-        if ids.isdisjoint({None, tokenizer.unk_token_id}):  # all are in the vocabulary
-            if _first_wrong_token(tokenizer):
-                add_paligemma_tokens(tokenizer)
-        if token := _first_wrong_token(tokenizer):
+        if token and ids.isdisjoint({None, tokenizer.unk_token_id}):  # all have ids
+            token = _first_wrong_token(add_paligemma_tokens(tokenizer))
+        if token:
             raise ValueError(
                 f"{token} isn't one token of this tokenizer, in PaliGemma's order: "
                 "call add_paligemma_tokens(tokenizer) first, or take the checkpoint's"
