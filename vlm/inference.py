@@ -264,7 +264,7 @@ def drawing_paths(
         paths = [p if p.suffix.lower() in usual else Path(f"{p}.png") for p in paths]
         if len(set(paths)) < len(paths):
             raise ValueError(
-                "--output: some pictures have one name, ask in several runs"
+                f"--output {output}: some pictures have one name, split them"
             )
     if not os.access(folder, os.W_OK):
         raise ValueError(f"--output {output}: that folder can't be written to")
