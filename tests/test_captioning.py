@@ -1,5 +1,7 @@
 """Marks of captions, and where the model looked."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from vlm.captioning import (
     look,
     mark_kinds,
     name_tokens,
+    picture_attention,
 )
 from vlm.config import PaliGemmaConfig
 from vlm.processing import PaliGemmaProcessor
@@ -77,6 +80,13 @@ def test_pairs_must_match(answers):
         kinds_f1(answers, SCENES[:2] if answers else [])
     with pytest.raises(ValueError, match="in pairs"):
         exact_share(answers, ["a", "b"])
+
+
+@pytest.mark.parametrize("answers", ["ab", [Generation(), Generation()], [None, "a"]])
+def test_answers_are_strings(answers):
+    for measure in (exact_share.__wrapped__, kinds_f1.__wrapped__):
+        with pytest.raises(TypeError, match="answers"):
+            measure(answers, SCENES[:2])
 
 
 # Look
@@ -163,3 +173,19 @@ def test_any_heads_and_any_image_size(tokenizer, heads):
 def test_an_empty_generation_is_refused(models, processor):
     with pytest.raises(ValueError, match="at least one token"):
         look(models[0], processor, "caption en", PICTURE, Generation())
+
+
+def test_what_is_no_answer_is_refused(models, processor):
+    unchecked = look.__wrapped__  # without the tests' own type checks
+    with pytest.raises(TypeError, match="one answer"):  # what `generate` returns
+        unchecked(models[0], processor, "caption en", PICTURE, ["an owl"])
+
+
+def test_token_ids_may_be_a_tensor(models, processor):
+    inputs = processor(["caption en"], [PICTURE])
+    ids = processor.encode_suffix("an owl")
+    _, expected = picture_attention(models[0], inputs, ids)
+    unchecked = inspect.unwrap(picture_attention)
+    with torch.no_grad():
+        _, chances = unchecked(models[0], inputs, torch.tensor(ids))
+    torch.testing.assert_close(chances, expected)

@@ -140,9 +140,9 @@ def test_what_is_no_answer_is_refused_by_type(not_an_answer):
 def test_what_is_no_size_is_refused_even_where_nothing_was_found(side):
     unchecked = parse_detections.__wrapped__
     for text in ("", f"{BOX} owl"):
-        with pytest.raises(ValueError, match="width"):
+        with pytest.raises((ValueError, TypeError), match="width"):
             unchecked(text, side, 100)
-        with pytest.raises(ValueError, match="height"):
+        with pytest.raises((ValueError, TypeError), match="height"):
             unchecked(text, 100, side)
 
 
@@ -269,6 +269,15 @@ def coco_precision(found, truth) -> np.ndarray:
 def assert_as_coco(found, truth):
     ours = average_precision(found, truth)
     np.testing.assert_allclose(ours, coco_precision(found, truth), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (2, 2), (4,), (1, 1, 4)])
+def test_boxes_are_four_numbers_each(shape):
+    unchecked = box_iou.__wrapped__
+    for pair in ((np.ones(shape), []), ([], np.ones(shape))):
+        with pytest.raises(ValueError, match="four numbers"):
+            unchecked(*pair)
+    assert box_iou([], np.zeros((2, 4))).shape == (0, 2)
 
 
 # On a coarse grid, with few labels and scores: ties, equal boxes, boxes without area.

@@ -31,7 +31,9 @@ __all__ = [
 
 
 def check_pairs(answers: Sequence, truths: Sequence) -> None:
-    """Raise a ValueError unless there are answers, and as many as truths."""
+    """Refuse answers that aren't strings, are none, or aren't as many as the truths."""
+    if isinstance(answers, str) or not all(isinstance(a, str) for a in answers):
+        raise TypeError("answers is a list of strings: give each Generation's .text")
     if not answers or len(answers) != len(truths):
         raise ValueError(
             f"{len(answers)} answers for {len(truths)}: give at least one, in pairs"
@@ -41,7 +43,8 @@ def check_pairs(answers: Sequence, truths: Sequence) -> None:
 def exact_share(answers: Sequence[str], truths: Sequence[str]) -> float:
     """The share of answers that are right to the letter.
 
-    Raises ValueError unless answers and truths are equally many, and not none.
+    Raises ValueError unless answers and truths are equally many, and not none;
+    TypeError for answers that aren't strings.
     """
     check_pairs(answers, truths)
     return sum(a == t for a, t in zip(answers, truths)) / len(answers)
@@ -134,7 +137,7 @@ def picture_attention(
     The weights of a row with those on prompt and answer, left out here, sum to 1.
     Raises ValueError for several rows, or an answer without tokens.
     """
-    if len(inputs["input_ids"]) != 1 or not token_ids:
+    if len(inputs["input_ids"]) != 1 or len(token_ids) == 0:
         raise ValueError("give one row, and an answer of at least one token")
     prompt = inputs["input_ids"].to(model.device)  # [1, P]
     answer = torch.tensor([list(token_ids)], device=model.device)  # [1, T]
@@ -167,7 +170,8 @@ def look(
     A token's map is the mean over all heads of the later half of the layers. It shows
     where these layers took information from, not what caused the answer. A string is
     taken as taught, with EOS at its end.
-    Raises ValueError where the image tokens make no square, or the answer is empty.
+    Raises ValueError where the image tokens make no square, or the answer is empty;
+    TypeError for what is no answer.
     """
     side = isqrt(processor.num_image_tokens)
     if side * side != processor.num_image_tokens:
@@ -179,8 +183,12 @@ def look(
         )
     if isinstance(answer, str):
         token_ids = processor.encode_suffix(answer)
-    else:
+    elif isinstance(answer, Generation):
         token_ids = answer.token_ids
+    else:
+        raise TypeError(
+            f"give one answer, a string or a Generation, not {type(answer).__name__}"
+        )
     weights, chances = picture_attention(model, inputs, token_ids)
     weights = weights[len(weights) // 2 :].mean(dim=(0, 1))  # → [T, N]
     return Look(

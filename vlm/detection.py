@@ -6,16 +6,21 @@ Built in notebooks/22_detection.ipynb: edit it there, then run `make export`.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import exp, inf, log
-from numbers import Integral, Real
-from typing import Any
+from math import exp, log
 
 import numpy as np
 from jaxtyping import Bool, Float, Num
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .processing import Box, ImageLike, load_image, locs_to_box, segs_to_codes
+from .processing import (
+    Box,
+    ImageLike,
+    check_size,
+    load_image,
+    locs_to_box,
+    segs_to_codes,
+)
 from .sampling import Generation
 
 __all__ = [
@@ -29,7 +34,6 @@ __all__ = [
     "ParsedObjects",
     "ObjectText",
     "split_objects",
-    "check_size",
     "parse_detections",
     "draw_detections",
     "box_iou",
@@ -122,17 +126,6 @@ def split_objects(answer: str | Generation) -> list[ObjectText]:
     return objects
 
 
-def check_size(width: Any, height: Any, number: type = Real) -> None:
-    """Raise a ValueError unless both are positive: a picture's sides in pixels."""
-    for name, side in (("width", width), ("height", height)):
-        if not isinstance(side, number) or not 0 < side < inf:
-            whole = "whole " if number is Integral else ""
-            raise ValueError(
-                f"{name}={side!r}: give that of the original picture, a positive "
-                f"{whole}number of pixels"
-            )
-
-
 def parse_detections(
     text: str | Generation, width: float, height: float
 ) -> ParsedObjects:
@@ -196,9 +189,14 @@ def box_iou(a: Boxes, b: Boxes) -> Float[np.ndarray, "M N"]:
     """Intersection over union of each of M boxes with each of N.
 
     A box is (x0, y0, x1, y1), in any unit; boxes come as a list, an array or a tensor
-    (on the CPU). A box without area has an IoU of 0 with every other.
+    (on the CPU). A box without area has an IoU of 0 with every other. Raises ValueError
+    for anything but four numbers a box.
     """
-    a, b = (np.asarray(boxes, dtype=np.float64).reshape(-1, 4) for boxes in (a, b))
+    a, b = (np.asarray(boxes, dtype=np.float64) for boxes in (a, b))
+    for boxes in (a, b):
+        if boxes.size and boxes.shape[1:] != (4,):
+            raise ValueError(f"boxes are [M, 4], four numbers each, not {boxes.shape}")
+    a, b = a.reshape(-1, 4), b.reshape(-1, 4)  # no boxes: [0, 4]
     start = np.maximum(a[:, None, :2], b[:, :2])  # [M, N, 2]
     end = np.minimum(a[:, None, 2:], b[:, 2:])  # [M, N, 2]
     shared = (end - start).clip(min=0).prod(axis=-1)  # [M, N]

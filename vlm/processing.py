@@ -173,8 +173,8 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     """Modes of more than eight bits a channel, scaled down; others as they are.
 
     The mode decides, not the content, so that a dark frame of a camera is scaled like a
-    bright one: I;16 and I are 0…65535 (16-bit PPM files, and PNG files before Pillow
-    11, come as mode I), F is 0…1. ValueError for values outside.
+    bright one: I;16 and I are 0…65535 (16-bit PPM files come as mode I), F is 0…1.
+    ValueError for values outside.
     """
     if not image.mode.startswith(("I", "F")):
         return image
@@ -217,7 +217,7 @@ def load_image(image: ImageLike) -> Image.Image:
         try:
             with Image.open(path) as opened:
                 image = opened.copy()  # reads all of it before the file closes
-        except Exception as error:  # for a broken file Pillow raises a dozen kinds
+        except Exception as error:  # for a broken file Pillow raises many kinds
             raise ValueError(
                 f"{path} is not a picture that can be read: {str(error) or repr(error)}"
             ) from None
