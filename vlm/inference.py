@@ -349,11 +349,6 @@ def make_settings(
         message = str(error).replace("max_new_tokens", "max_tokens_to_generate")
         message = message.replace(", or None", "")
         raise ValueError(message) from None
-    except TypeError:
-        raise TypeError(
-            f"max_tokens_to_generate={max_tokens_to_generate!r}, temperature="
-            f"{temperature!r} and top_p={top_p!r} must be numbers"
-        ) from None
 
 
 def answer_steps(
