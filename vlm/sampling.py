@@ -340,9 +340,8 @@ def check_inputs(
         )
     input_ids, pixel_values = inputs["input_ids"], inputs.get("pixel_values")
     check_ids("input_ids", input_ids)
-    image_id = model.config.image_token_index
     vocabulary = model.config.text_config.vocab_size
-    is_image = input_ids == image_id
+    is_image = input_ids == model.config.image_token_index
     unknown = input_ids[~is_image & ((input_ids < 0) | (input_ids >= vocabulary))]
     if len(unknown):
         raise ValueError(
@@ -360,17 +359,14 @@ def check_inputs(
             f"attention_mask must be {list(input_ids.shape)} of 1 (a token) and 0 "
             "(padding), with a token in each row"
         )
-    num_features = 0
+    num_features, why = 0, "there are no pixel_values"
     if pixel_values is not None:
         rows_per_picture(len(pixel_values), len(input_ids))
         num_features = model.config.vision_config.num_image_tokens
+        why = f"the model takes {num_features}: make a processor with that number"
     counts = is_image.sum(dim=1).tolist()
-    if any(count != num_features for count in counts):
-        raise ValueError(
-            f"rows with {counts} image tokens, but the model takes {num_features}: "
-            "make the inputs with a processor whose num_image_tokens and <image> id "
-            "are the model's"
-        )
+    if {*counts} != {num_features}:
+        raise ValueError(f"rows with {counts} image tokens, but {why}")
     length = input_ids.shape[1]
     needed = length + settings.max_new_tokens - 1  # the last one isn't fed back
     positions = model.config.text_config.max_position_embeddings
@@ -440,7 +436,7 @@ def generate(
     `settings`: those of `GenerationSettings`, by name. Rows may be of different length,
     padded left or right. loc and seg tokens are part of the text; the other special
     tokens are not.
-    Raises ValueError for settings out of range and prompts that are too long.
+    Raises ValueError for settings out of range and for inputs that can't be continued.
     """
     return [row.text for row in generate_tokens(model, tokenizer, inputs, **settings)]
 
