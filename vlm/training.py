@@ -1098,7 +1098,7 @@ def train(
     FileNotFoundError where it holds none to resume, ValueError where that one has other
     settings, OSError where its disk is full (before the first step, as far as that can
     be known), and FloatingPointError when a loss is no longer a number.
-    Runs on one process or, under `accelerate launch`, on several with the same loss.
+    Under `accelerate launch` or `torchrun`, several processes have the loss of one.
     """
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = make_accelerator(config.mixed_precision, kwargs_handlers=[ddp])
