@@ -800,8 +800,8 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 def _replace_folder(staged: Path, place: Path) -> None:
     "Move a complete folder to its place; the former one is there until it is."
     former = place.with_name(place.name + ".old")
-    shutil.rmtree(former, ignore_errors=True)
     if place.exists():
+        shutil.rmtree(former, ignore_errors=True)
         os.replace(place, former)
     os.replace(staged, place)
     shutil.rmtree(former, ignore_errors=True)
