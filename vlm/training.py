@@ -222,7 +222,7 @@ def sincos_positions(side: int, width: int) -> Float[Tensor, "N D"]:
 def fourier_locs(width: int) -> Float[Tensor, "1024 D"]:
     """Vectors of length 1 for the loc tokens in which neighbors are alike.
 
-    Waves of their coordinate, from half a period over the picture to 64 periods, and a
+    Waves of their coordinate, from half a period over the picture to nearly 64, and a
     part common to all of them that says "I am a coordinate".
     """
     coordinate = torch.linspace(0, 1, NUM_LOCS)[:, None]  # [1024, 1]
@@ -299,11 +299,11 @@ def make_tokenizer(num_scenes: int = 3000) -> PreTrainedTokenizerFast:
 
 
 def new_model(
-    seed: int = 0,
+    seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> tuple[PaliGemmaForConditionalGeneration, PreTrainedTokenizerFast]:
-    """An untrained embedded model and its tokenizer."""
+    """An untrained embedded model and its tokenizer, a new one if none is given."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     model = PaliGemmaForConditionalGeneration(embedded_config(tokenizer))
     initialize(model, tokenizer)
     return model, tokenizer
