@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from jaxtyping import install_import_hook
@@ -25,6 +26,12 @@ install_import_hook("vlm", "typecheck.check")
 def fixed_seed():
     """Every test draws the same random numbers, alone or among others."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def no_type_checks(monkeypatch):
+    """As users call it: nothing checks types, and a trace meets the code alone."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="session")

@@ -326,14 +326,25 @@ def test_real_model_has_gemma_2b_parameters():
             "4-dimensional attention_mask needs position_ids",
         ),
         (
+            dict(input_ids=random_ids(2, 5), position_ids=torch.zeros(2, 1).long()),
+            "position_ids must be int64",
+        ),
+        (dict(input_ids=random_ids(1, 5), logits_to_keep=-1), "logits_to_keep"),
+        (
             dict(input_ids=random_ids(1, 65)),
             "65 tokens, but the model has 64 positions",
         ),
     ],
 )
-def test_bad_inputs_are_refused(inputs, message):
+def test_bad_inputs_are_refused(inputs, message, no_type_checks):
     with pytest.raises(ValueError, match=message):
         make_pair()[0](**inputs)
+
+
+@pytest.mark.parametrize("input_ids", [torch.rand(1, 5), torch.arange(5), [[1, 2]]])
+def test_ids_of_another_kind_are_refused(input_ids, no_type_checks):
+    with pytest.raises(ValueError, match="input_ids must be int64"):
+        make_pair()[0](input_ids)
 
 
 def test_bad_decode_steps_are_refused():

@@ -209,6 +209,18 @@ def test_refuses_a_skipped_layer():
         KVCache().update(state, state, layer_idx=1)
 
 
+@pytest.mark.parametrize(
+    "make", [KVCache, lambda: StaticKVCache(tiny_config(), 1, max_length=4)]
+)
+@pytest.mark.parametrize("layer_idx", [-1, NUM_LAYERS])
+def test_refuses_a_layer_that_is_not_there(make, layer_idx):
+    """Layer -1 would be the last one, in silence."""
+    kv_cache, state = make(), random_states(1, 1, 1, 6)
+    kv_cache.update(state, state, layer_idx=0)
+    with pytest.raises(ValueError, match=f"layer {layer_idx} "):
+        kv_cache.update(state, state, layer_idx)
+
+
 @pytest.mark.parametrize("chunk", [0, -4])
 def test_refuses_a_chunk_of_nothing(chunk):
     with pytest.raises(ValueError, match=f"chunk={chunk} must be at least 1 token"):

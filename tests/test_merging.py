@@ -3,7 +3,12 @@ import torch
 from reference import pair, random_inputs, tiny_config
 
 from vlm.gemma import causal_mask
-from vlm.merging import merge_image_features, prefix_lm_mask, share_pictures
+from vlm.merging import (
+    may_read,
+    merge_image_features,
+    prefix_lm_mask,
+    share_pictures,
+)
 
 RAGGED = [
     ((5, 2, 3), (0, 0, 0)),  # to generate
@@ -88,6 +93,26 @@ def test_a_wrong_number_of_seats_is_an_error(counts):
     image_mask = torch.tensor([[i < n for i in range(4)] for n in counts])
     with pytest.raises(ValueError, match="2 pictures of 2 features each for 2 rows"):
         merge_image_features(torch.randn(2, 4, 3), torch.randn(2, 2, 3), image_mask)
+
+
+@pytest.mark.parametrize("counts", [(1, 2), (0, 0), (3, 1), (2, 1)])
+def test_where_values_cannot_be_read_a_wrong_number_of_seats_is_nan(
+    counts, monkeypatch, no_type_checks
+):
+    """Also in a row whose own seats are right: features move on from row to row."""
+    monkeypatch.setattr("vlm.merging.may_read", lambda tensor: False)
+    image_mask = torch.tensor([[i < n for i in range(4)] for n in counts])
+    merged = merge_image_features(torch.randn(2, 4, 3), torch.ones(2, 2, 3), image_mask)
+    assert torch.equal(merged.isnan().all(dim=-1), image_mask)
+    with pytest.raises(ValueError, match="1 pictures"):  # shapes are always read
+        merge_image_features(torch.randn(2, 4, 3), torch.ones(1, 2, 3), image_mask)
+
+
+def test_values_are_read_on_the_cpu_and_in_no_trace():
+    assert may_read(torch.ones(()))
+    assert not may_read(torch.ones((), device="meta"))
+    compiled = torch.compile(lambda x: x + may_read(x), backend="eager", fullgraph=True)
+    assert compiled(torch.zeros(())) == 0
 
 
 def test_pictures_are_shared_by_consecutive_rows():

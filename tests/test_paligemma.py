@@ -9,8 +9,13 @@ from reference import (
     random_inputs,
     tiny_config,
 )
+from torch import nn
+from torch.export import Dim, export
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import vlm.merging
+import vlm.paligemma
 from vlm.config import PaliGemmaConfig
 from vlm.kv_cache import KVCache, StaticKVCache
 from vlm.paligemma import (
@@ -382,6 +387,144 @@ def test_the_loop_that_every_program_runs(tokenizer):
     assert len(looks) == 1 + 4  # once in the loop, four times to check it
 
 
+# --- Export -------------------------------------------------------------------------
+
+
+class Prefill(nn.Module):
+    """Picture and prompt → logits, and the cache's tensors, layer by layer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, pixel_values, attention_mask):
+        cache = KVCache(chunk=1)  # no room to spare: what it holds is the result
+        outputs = self.model(input_ids, pixel_values, attention_mask, cache)
+        return outputs["logits"], cache._buffers
+
+
+class DecodeStep(Prefill):
+    """One token a row, and a filled cache as tensors → logits, and the cache grown."""
+
+    def forward(self, token_ids, attention_mask, past):
+        cache = KVCache(chunk=1)
+        for layer_idx, (keys, values) in enumerate(past):
+            cache.update(keys, values, layer_idx)
+        outputs = self.model(token_ids, None, attention_mask, cache)
+        return outputs["logits"], cache._buffers
+
+
+EXPORTED = {
+    "gemma": dict(num_hidden_layers=2),
+    "gemma2": dict(
+        model_type="gemma2",
+        num_hidden_layers=2,  # one with a window, one without
+        num_key_value_heads=2,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=2.0,
+        query_pre_attn_scalar=7,
+        sliding_window=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind, batch", [("gemma", 1), ("gemma", 3), ("gemma2", 3)])
+@torch.no_grad()
+def test_the_model_can_be_exported(kind, batch, no_type_checks):
+    """Encoder, prefill and decode step as graphs: for any length, and any batch."""
+    config = tiny_config(text=EXPORTED[kind], vision=dict(num_hidden_layers=1))
+    model, _ = pair(config)
+    inputs = random_inputs(model.config, (5, 1, 3)[:batch])
+    rows = {0: Dim.AUTO} if batch > 1 else {}
+    length = Dim.AUTO
+    arguments = (inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"])
+
+    encoder = torch.nn.Module()
+    encoder.model, encoder.forward = model, model.encode_images
+    images = export(encoder, arguments[1:2], dynamic_shapes=(rows,)).module()
+    prefill = export(
+        Prefill(model),
+        arguments,
+        dynamic_shapes=(rows | {1: length}, rows, rows | {1: length}),
+    ).module()
+    _, past = Prefill(model)(*arguments)
+    step = export(
+        DecodeStep(model),
+        (torch.full((batch, 1), 7), torch.ones(batch, 10).long(), past),
+        dynamic_shapes=(
+            rows,
+            rows | {1: length},
+            [(rows | {2: length}, rows | {2: length})] * len(past),
+        ),
+    ).module()
+
+    for prompts in ((7, 2, 4, 9)[: batch + (batch > 1)], (3, 3)[:batch]):
+        inputs = random_inputs(model.config, prompts)
+        mask, pixel_values = inputs["attention_mask"], inputs["pixel_values"]
+        close(images(pixel_values), model.encode_images(pixel_values))
+        logits, past = prefill(inputs["input_ids"], pixel_values, mask)
+        cache = KVCache()
+        close(logits, model(**inputs, kv_cache=cache)["logits"])
+        for _ in range(3):
+            token_ids = logits[:, -1:].argmax(dim=-1)
+            mask = torch.cat([mask, torch.ones_like(token_ids)], dim=1)
+            logits, past = step(token_ids, mask, past)
+            expected = model(token_ids, attention_mask=mask, kv_cache=cache)
+            close(logits, expected["logits"])
+
+
+@torch.no_grad()
+def test_a_graph_says_nan_for_a_picture_without_its_seats(model, no_type_checks):
+    """It can't raise an error, and must not answer about half a picture."""
+    inputs = random_inputs(model.config, (5, 3))
+    arguments = (inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"])
+    prefill = export(Prefill(model), arguments).module()
+    assert prefill(*arguments)[0].isfinite().all()
+    for seats in (3, 5):
+        input_ids = inputs["input_ids"].clone()
+        input_ids[0] = 8
+        input_ids[0, :seats] = model.config.image_token_index
+        if seats == 5:  # more than there are features: PyTorch's own error
+            with pytest.raises(RuntimeError):
+                prefill(input_ids, *arguments[1:])
+        else:
+            assert prefill(input_ids, *arguments[1:])[0].isnan().all()
+
+
+class ReadsNothing(TorchDispatchMode):
+    """Fails where a value goes from a tensor to Python: a GPU would have to wait."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op is not torch.ops.aten._local_scalar_dense.default, "a value is read"
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_no_pass_waits_for_a_gpu(model, cache, monkeypatch):
+    """As on a GPU, where checks of values are left out."""
+    for module in (vlm.merging, vlm.paligemma):
+        monkeypatch.setattr(module, "may_read", lambda tensor: False)
+    train = random_inputs(model.config, (5, 1), (2, 3), "right")
+    inputs = random_inputs(model.config, (5, 1))
+    kv_cache = KVCache()
+    if cache == "static":
+        kv_cache = StaticKVCache(model.config.text_config, 2, 12)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    with ReadsNothing():
+        model(**train)["loss"].backward()
+        with torch.no_grad():
+            model(**inputs, kv_cache=kv_cache, logits_to_keep=1)
+            model(mask[:, :1], attention_mask=mask, kv_cache=kv_cache)
+    model.zero_grad()
+
+
+def test_a_training_step_compiles_without_a_break(no_type_checks):
+    model, _ = pair()
+    inputs = random_inputs(model.config, (5, 1), (2, 3), "right")
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    close(compiled(**inputs)["loss"], model(**inputs)["loss"])
+
+
 # --- The loss -------------------------------------------------------------------------
 
 
@@ -409,10 +552,42 @@ def test_image_tokens_without_a_picture_are_an_error(model):
         model(inputs["input_ids"])
 
 
+@torch.no_grad()
+def test_where_values_cannot_be_read_they_become_nan(model, monkeypatch):
+    monkeypatch.setattr(vlm.paligemma, "may_read", lambda tensor: False)
+    inputs = random_inputs(model.config)
+    assert model(inputs["input_ids"])["logits"].isnan().all()
+    assert model(inputs["input_ids"][:, 4:])["logits"].isfinite().all()
+
+
 def test_a_picture_without_its_seats_is_an_error(model):
     inputs = random_inputs(model.config)
     with pytest.raises(ValueError, match=r"rows with \[3\] image tokens"):
         model(inputs["input_ids"][:, 1:], inputs["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        (dict(input_ids=torch.rand(1, 9)), "input_ids must be int64"),
+        (dict(input_ids=torch.arange(9)), "input_ids must be int64"),
+        (dict(input_ids=[[1, 2, 3]]), "input_ids must be int64 .*, not list"),
+        (dict(attention_mask=torch.ones(9)), "attention_mask is"),
+        (dict(attention_mask=torch.ones(1, 9, 9)), "attention_mask is"),
+        (dict(position_ids=torch.zeros(1, 1).long()), "position_ids must be int64"),
+        (dict(position_ids=torch.rand(1, 9)), "position_ids must be int64"),
+        (dict(labels=torch.rand(1, 9)), "labels must be int64"),
+        (dict(labels=torch.ones(1, 10).long()), "labels must be int64"),
+        (dict(logits_to_keep=-1), "logits_to_keep"),
+    ],
+)
+@torch.no_grad()
+def test_inputs_of_another_kind_or_shape_are_refused_by_name(
+    model, changes, name, no_type_checks
+):
+    inputs = random_inputs(model.config) | changes
+    with pytest.raises(ValueError, match=name):
+        model(**inputs)
 
 
 @pytest.mark.parametrize("pictures", [2, 4])

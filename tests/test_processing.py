@@ -514,6 +514,16 @@ def test_each_extra_token_is_one_id(form):
     assert ids[7] in words and tokenizer.decode(words[:2])[-9:] == "<loc0007>"
 
 
+def test_tokens_of_the_vocabulary_alone_get_the_reference_ids():
+    text = "<loc0100><loc0200><loc0300><loc1023> a"
+    theirs = make_reference(fast(*EXTRA_TOKENS)).tokenizer
+    tokenizer = fast(*EXTRA_TOKENS)
+    assert len(tokenizer.encode(text, add_special_tokens=False)) == 4 * 9 + 2
+    processor = PaliGemmaProcessor(tokenizer, num_image_tokens=4, image_size=28)
+    ids = theirs.encode(text + "<eos>", add_special_tokens=False)
+    assert processor.encode_suffix(text) == ids and len(ids) == 7
+
+
 def test_a_tokenizer_that_is_right_stays_as_it_is():
     tokenizer = tiny_tokenizer()
     before = tokenizer.backend_tokenizer.to_str()
@@ -606,7 +616,10 @@ def test_gemmas_own_tokenizer_gets_paligemmas_ids(gemma_tokenizer):
     assert tokenizer.convert_tokens_to_ids(names) == ids
     processor = PaliGemmaProcessor(tokenizer, num_image_tokens=1, image_size=14)
     assert processor.encode_prefix("caption en") == [257152, 2, 21209, 659, 108]
-    assert processor.encode_prefix("detect cat") == [257152, 2, 39208, 4401, 108]
+    for prompt in ("detect cat", " detect cat\n", "detect cat\n\n\n"):
+        assert processor.encode_prefix(prompt) == [257152, 2, 39208, 4401, 108]
+    twice = tokenizer.encode("detect cat\n\n", add_special_tokens=False)
+    assert twice == [39208, 4401, 109]  # why: two newlines are another token
     suffix = processor.encode_suffix("<loc0051><loc0309><loc0708><loc0646>")
     assert suffix == [256051, 256309, 256708, 256646, 1]
 

@@ -27,8 +27,12 @@ ANSWER = "<loc0000><loc0512><loc0256><loc1023>" + "<seg003>" * 16 + " owl"
 
 
 @pytest.fixture(scope="module")
-def model():
-    return randomize(PaliGemmaForConditionalGeneration(tiny_config()))
+def model(tokenizer):
+    config = tiny_config(
+        text=dict(vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    return randomize(PaliGemmaForConditionalGeneration(config))
 
 
 @pytest.fixture(scope="module")

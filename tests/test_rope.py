@@ -1,4 +1,4 @@
-"""Rotary positions: the numbers of the reference, and distance alone in the scores."""
+"""Rotary positions: the reference's numbers, and nothing but offsets in the scores."""
 
 import pytest
 import torch
@@ -57,7 +57,7 @@ def test_is_multiplication_by_unit_complex_numbers(dim):
 
 
 @pytest.mark.parametrize("shift", [1, 7, 100])
-def test_scores_depend_on_distance_alone(shift):
+def test_of_positions_scores_depend_on_the_offset_alone(shift):
     query_states, key_states = torch.randn(2, 4, 12, 64), torch.randn(2, 2, 12, 64)
     query_states = query_states[:, ::2]  # as many heads as keys, for the product
     positions = torch.arange(12).expand(2, 12)
@@ -69,11 +69,21 @@ def test_scores_depend_on_distance_alone(shift):
     )
 
 
-def test_scores_do_depend_on_distance():
+def test_scores_do_depend_on_the_offset():
     states = torch.randn(1, 1, 2, 64)
     near = scores(states, states, torch.tensor([[0, 1]]))
     far = scores(states, states, torch.tensor([[0, 9]]))
     assert (near - far).abs().max() > 0.1
+
+
+def test_the_sign_of_the_offset_counts():
+    """The same two tokens, as far apart, in the other order."""
+    states = torch.randn(1, 1, 2, 64)
+    before, after = (
+        scores(states, states, torch.tensor([positions]))[0, 0, 0, 1]
+        for positions in ([0, 3], [3, 0])
+    )
+    assert (before - after).abs() > 0.1
 
 
 def test_rows_have_positions_of_their_own():

@@ -6,9 +6,13 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import pair, random_inputs, tiny_config
+from reference import pair, random_inputs, tiny_config, trained_tokenizer
+from tokenizers import Tokenizer
 
+from vlm.detection import parse_detections
 from vlm.kv_cache import KVCache
+from vlm.paligemma import PaliGemmaForConditionalGeneration
+from vlm.processing import loc_token, seg_token
 from vlm.sampling import (
     GenerationSettings,
     TextDecoder,
@@ -35,6 +39,10 @@ class Letters:
 
     eos_token_id = -1  # nothing ends by chance
     all_special_ids = (0,)
+
+    @property
+    def all_special_tokens(self):
+        return [chr(200 + i) for i in self.all_special_ids]
 
     def convert_tokens_to_ids(self, token):
         assert token == "<image>"
@@ -166,23 +174,25 @@ def test_draws_follow_the_distribution():
         (dict(top_p=0.0), r"top_p=0.0 must be in \(0, 1\], or None"),
         (dict(top_p=1.1), r"top_p=1.1 must be in \(0, 1\], or None"),
         (dict(cache="huge"), "cache='huge' must be 'dynamic' or 'static'"),
-        (dict(stop=""), "a stop string must not be empty"),
-        (dict(stop=["a", ""]), "a stop string must not be empty"),
+        (dict(stop=""), "stop"),
+        (dict(stop=["a", ""]), "stop"),
+        (dict(stop=5), "stop"),
+        (dict(stop=[5]), "stop"),
+        (dict(max_new_tokens=2.5), "max_new_tokens=2.5 must be a whole number"),
+        (dict(max_new_tokens=None), "max_new_tokens=None must be a whole number"),
+        (dict(max_new_tokens="9"), "max_new_tokens='9' must be a whole number"),
+        (dict(top_k=2.5), "top_k=2.5 must be a whole number"),
+        (dict(seed=2.5), "seed=2.5 must be a whole number"),
+        (dict(temperature="warm"), "temperature='warm' must be a number"),
+        (dict(temperature=None), "temperature=None must be a number"),
+        (dict(top_p="0.9"), "top_p='0.9' must be a number"),
     ],
 )
-def test_bad_settings(model, values, message):
+def test_bad_settings(model, values, message, no_type_checks):
     with pytest.raises(ValueError, match=message):
         GenerationSettings(**values)
     with pytest.raises(ValueError, match=message):
         generate(model, Letters(), prompts(model), **values)
-
-
-@pytest.mark.parametrize("name", ["max_new_tokens", "top_k", "seed"])
-def test_settings_that_count_are_whole_numbers(name):
-    settings = GenerationSettings()
-    object.__setattr__(settings, name, 2.5)  # around the tests' own type checks
-    with pytest.raises(ValueError, match=f"{name}=2.5 must be a whole number"):
-        settings.__post_init__()
 
 
 def test_settings_at_the_edge_of_their_range():
@@ -387,6 +397,84 @@ def test_inputs_without_a_mask_are_refused(model):
         generate(model, Letters(), inputs)
 
 
+def change(**tensors):
+    return lambda inputs: inputs | tensors
+
+
+def put(name, value):
+    def change(inputs):
+        tensor = inputs[name].clone()
+        tensor[1, -1] = value
+        return inputs | {name: tensor}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (change(input_ids=torch.rand(3, 9)), "input_ids must be int64"),
+        (change(input_ids=[[5] * 9] * 3), "input_ids must be int64 .*, not list"),
+        (change(input_ids=torch.arange(9)), "input_ids must be int64"),
+        (put("input_ids", -1), r"input_ids .* -1"),
+        (put("input_ids", 128), r"input_ids .* 128"),
+        (put("input_ids", 120), r"\[4, 5, 4\] image tokens"),
+        (lambda inputs: inputs | {"pixel_values": None}, r"\[4, 4, 4\] image tokens"),
+        (change(attention_mask=torch.ones(3, 8)), "attention_mask"),
+        (change(attention_mask=torch.ones(3, 1, 9, 9)), "attention_mask"),
+        (change(attention_mask=[[1] * 9] * 3), "attention_mask"),
+        (put("attention_mask", 2), "attention_mask"),
+        (change(attention_mask=torch.zeros(3, 9)), "attention_mask"),
+        (change(attention_mask=torch.full((3, 9), -torch.inf)), "attention_mask"),
+        (change(pixel_values=torch.zeros(2, 3, 28, 28)), "2 pictures can't serve 3"),
+        (change(pixel_values=torch.zeros(0, 3, 28, 28)), "0 pictures can't serve 3"),
+        (change(pixel_values=torch.zeros(6, 3, 28, 28)), "6 pictures can't serve 3"),
+        (change(pixel_values=torch.zeros(3, 28, 28)), "pixel_values"),
+    ],
+)
+def test_inputs_that_cannot_be_continued_are_refused_at_the_door(
+    model, change, message, no_type_checks
+):
+    inputs = change(prompts(model))
+    passes = []
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    with pytest.raises(ValueError, match=message):
+        generate(model, Letters(), inputs, max_new_tokens=2)
+    hook.remove()
+    assert not passes or "pixel_values" in message  # before any work
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_pictures_shared_by_several_prompts(model, padding, cache):
+    """Six ragged prompts about two pictures write what each writes alone."""
+    inputs = prompts(model, (2, 7, 4, 1, 3, 5), padding)
+    repeated = inputs["pixel_values"][:2].repeat_interleave(3, dim=0)
+    alone = [
+        generate(
+            model, Letters(), one_row(inputs | {"pixel_values": repeated}, i),
+            max_new_tokens=6,
+        )[0]
+        for i in range(6)
+    ]  # fmt: skip
+    looks = []
+    hook = model.vision_tower.register_forward_hook(
+        lambda _, args, out: looks.append(len(out))
+    )
+    inputs["pixel_values"] = inputs["pixel_values"][:2]
+    texts = generate(model, Letters(), inputs, max_new_tokens=6, cache=cache)
+    hook.remove()
+    assert texts == alone and len(set(texts)) == 6
+    assert looks == [2]
+
+
+def test_text_without_a_picture_is_continued(model, no_type_checks):
+    input_ids = torch.tensor([[2, 31, 32]])
+    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    inputs["pixel_values"] = None
+    assert len(generate(model, Letters(), inputs, max_new_tokens=4)[0]) == 4
+
+
 def test_as_many_tokens_as_positions_and_not_one_more(model):
     inputs = prompts(model)
     room = 256 - inputs["input_ids"].shape[1]
@@ -456,6 +544,38 @@ def test_special_tokens_are_left_out_and_places_stay(tokenizer):
     text = "<bos><loc0001> owl<image><seg127><pad><eos>"
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert "".join(decode_in_pieces(tokenizer, ids)) == "<loc0001> owl<seg127>"
+
+
+@pytest.mark.parametrize("how", ["when made", "later"])
+def test_places_stay_where_the_tokenizer_calls_them_special(how):
+    marks = [loc_token(i) for i in range(1024)] + [seg_token(i) for i in range(128)]
+    made = dict(extra_special_tokens=["<image>", *marks]) if how == "when made" else {}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(trained_tokenizer().to_str()),
+        pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+        **made,
+    )  # fmt: skip
+    if how == "later":
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<image>", *marks]})
+    answer = "<loc0102><loc0051><loc0614><loc0409> owl ; <seg001><seg127>"
+    ids = tokenizer.encode(answer, add_special_tokens=False)
+    assert {*ids} & {*tokenizer.all_special_ids}  # what used to vanish
+    ids = [tokenizer.bos_token_id, *ids, tokenizer.pad_token_id, tokenizer.eos_token_id]
+
+    config = tiny_config(
+        text=dict(vocab_size=len(tokenizer)),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    model = PaliGemmaForConditionalGeneration(config)
+    inputs, script = prompts(model, (3,)), iter(ids)
+    model.language_model.lm_head.register_forward_hook(
+        lambda _, args, out: out.index_fill(-1, torch.tensor([next(script)]), 1e4)
+    )
+    row = generate_tokens(model, tokenizer, inputs)[0]
+    assert row.token_ids == ids and row.text == answer
+    (detection,) = parse_detections(row, 1023, 1023)
+    assert detection.label == "owl"
+    assert detection.box == pytest.approx((51, 102, 409, 614))
 
 
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))

@@ -91,10 +91,11 @@ def ask(
     model, processor: PaliGemmaProcessor, scene: Scene, prompts: list[str]
 ) -> list[Generation]:
     """What the model answers to prompts about one picture, which it encodes once."""
-    inputs = processor(prompts, [scene.image] * len(prompts))
-    inputs["pixel_values"] = inputs["pixel_values"][:1]
     return generate_tokens(
-        model, processor.tokenizer, inputs, max_new_tokens=LONGEST_ANSWER
+        model,
+        processor.tokenizer,
+        processor(prompts, [scene.image]),
+        max_new_tokens=LONGEST_ANSWER,
     )
 
 

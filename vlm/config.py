@@ -268,24 +268,20 @@ class PaliGemmaConfig:
             _require_one_of("text_config: model_type", kind, ("gemma", "gemma2"))
             text_class = Gemma2Config if kind == "gemma2" else GemmaConfig
             self.text_config = text_class.from_dict(self.text_config)
+        width, rows = self.text_config.hidden_size, self.text_config.vocab_size
         _require(
-            self.projection_dim == self.text_config.hidden_size,
+            self.projection_dim == width,
             f"projection_dim={self.projection_dim} must equal the text model's "
-            f"hidden_size={self.text_config.hidden_size}: image features join its "
-            "stream",
+            f"hidden_size={width}: image features join its stream",
         )
         _require(
-            self.pad_token_id < self.text_config.vocab_size,
-            f"pad_token_id={self.pad_token_id} must be below the text model's "
-            f"vocab_size={self.text_config.vocab_size}",
+            self.pad_token_id < rows,
+            f"pad_token_id={self.pad_token_id} must be below vocab_size={rows}",
         )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PaliGemmaConfig":
-        """Build from the contents of a config.json; unknown keys are ignored.
-
-        Raises ValueError for another kind of model.
-        """
+        """Build from a config.json's contents, as its parts do from theirs."""
         # transformers 5 has another name for the same number.
         index = _first_given(values, "image_token_index", "image_token_id")
         return cls(**_known_fields(cls, values | {"image_token_index": index}))

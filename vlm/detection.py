@@ -6,16 +6,21 @@ Built in notebooks/22_detection.ipynb: edit it there, then run `make export`.
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import exp, inf, log
-from numbers import Integral, Real
-from typing import Any
+from math import exp, log
 
 import numpy as np
 from jaxtyping import Bool, Float, Num
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .processing import Box, ImageLike, load_image, locs_to_box, segs_to_codes
+from .processing import (
+    Box,
+    ImageLike,
+    check_size,
+    load_image,
+    locs_to_box,
+    segs_to_codes,
+)
 from .sampling import Generation
 
 __all__ = [
@@ -29,7 +34,6 @@ __all__ = [
     "ParsedObjects",
     "ObjectText",
     "split_objects",
-    "check_size",
     "parse_detections",
     "draw_detections",
     "box_iou",
@@ -120,17 +124,6 @@ def split_objects(answer: str | Generation) -> list[ObjectText]:
             start, end = part.start() + match.start(1), part.start() + match.end(3)
             objects.append(ObjectText(*match.groups(), _score(answer, start, end)))
     return objects
-
-
-def check_size(width: Any, height: Any, number: type = Real) -> None:
-    """Raise a ValueError unless both are positive: a picture's sides in pixels."""
-    for name, side in (("width", width), ("height", height)):
-        if not isinstance(side, number) or not 0 < side < inf:
-            whole = "whole " if number is Integral else ""
-            raise ValueError(
-                f"{name}={side!r}: give that of the original picture, a positive "
-                f"{whole}number of pixels"
-            )
 
 
 def parse_detections(

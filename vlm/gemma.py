@@ -4,6 +4,7 @@ language model.
 Built in notebooks/08_gemma.ipynb: edit it there, then run `make export`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = [
     "causal_mask",
     "positions_from_mask",
     "pad_to_keys",
+    "check_ids",
     "GemmaForCausalLM",
     "build_language_model",
 ]
@@ -44,7 +46,7 @@ class GemmaMLP(nn.Module):
 
     def forward(self, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         """Widen twice, multiply, narrow."""
-        gate = self.gate_proj(hidden_states)  # [B, T, inner]
+        gate = self.gate_proj(hidden_states)  # [B, T, F]
         gate = F.gelu(gate, approximate="tanh")
         return self.down_proj(gate * self.up_proj(hidden_states))  # [B, T, D]
 
@@ -108,13 +110,14 @@ class GemmaModel(nn.Module):
 
     def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Look tokens up and multiply by √D, rounded to the embedding's dtype first."""
+        check_ids("input_ids", input_ids)
         embeds = self.embed_tokens(input_ids)  # [B, T, D]
         return embeds * torch.tensor(self.config.hidden_size**0.5, dtype=embeds.dtype)
 
     def layer_masks(
         self, attention_mask: Bool[Tensor, "B 1 T M"], past: int
     ) -> list[Bool[Tensor, "B 1 T M"]]:
-        """Each layer's mask for the tokens behind `past` cached ones: all the same."""
+        """Each layer's mask for the tokens after `past` cached ones: all the same."""
         return [attention_mask] * len(self.layers)
 
     def forward(
@@ -174,6 +177,16 @@ def pad_to_keys(
     return F.pad(mask, (0, empty)) if empty else mask
 
 
+def check_ids(name: str, ids: Any, shape: Sequence[int] | None = None) -> None:
+    """Raise ValueError unless `ids` are whole numbers [B, T], or of another `shape`."""
+    is_tensor = isinstance(ids, Tensor)
+    fits = is_tensor and (ids.ndim == 2 if shape is None else ids.shape == shape)
+    if not fits or ids.dtype not in (torch.int64, torch.int32):
+        expected = "[batch, tokens]" if shape is None else list(shape)
+        got = f"{ids.dtype} {list(ids.shape)}" if is_tensor else type(ids).__name__
+        raise ValueError(f"{name} must be int64 {expected}, not {got}")
+
+
 def _mask_and_positions(
     attention_mask: Tensor | None,
     position_ids: Int[Tensor, "B T"] | None,
@@ -183,6 +196,8 @@ def _mask_and_positions(
     """Check what the caller gave and fill in what was left out."""
     batch, num_new = inputs_embeds.shape[:2]
     length = past + num_new
+    if position_ids is not None:
+        check_ids("position_ids", position_ids, (batch, num_new))
     if attention_mask is None:
         attention_mask = torch.ones(
             batch, length, dtype=torch.long, device=inputs_embeds.device
@@ -254,11 +269,13 @@ class GemmaForCausalLM(nn.Module):
         - `output_attentions` adds `attentions`, one [B, H, T, M] a layer.
 
         Raises ValueError unless exactly one of `input_ids` and `inputs_embeds` is
-        given, for a mask that doesn't fit or lacks positions, and for more tokens than
-        positions, or than a static cache has room for.
+        given, for inputs of another kind or shape, and for more tokens than positions,
+        or than a static cache has room for.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if logits_to_keep < 0:
+            raise ValueError(f"logits_to_keep={logits_to_keep} must be 0 (all) or more")
         if inputs_embeds is None:
             inputs_embeds = self.model.embed(input_ids)  # [B, T, D]
         past = kv_cache.num_items() if kv_cache is not None else 0

@@ -57,7 +57,7 @@ class KVCache:
 
         Raises ValueError where a layer is skipped or the batch is another one.
         """
-        if layer_idx > len(self._buffers):
+        if not 0 <= layer_idx <= len(self._buffers):
             raise ValueError(
                 f"layer {layer_idx} came in before layer {len(self._buffers)}"
             )
@@ -135,8 +135,13 @@ class StaticKVCache:
     ) -> tuple[Float[Tensor, "B K M Dh"], Float[Tensor, "B K M Dh"]]:
         """Write T tokens into a layer's buffer; returns all M = max_length places.
 
-        Raises ValueError where they don't fit or the batch is another one.
+        Raises ValueError where they don't fit, for a layer that isn't there, or where
+        the batch is another one.
         """
+        if not 0 <= layer_idx < len(self._buffers):
+            raise ValueError(
+                f"layer {layer_idx} of a cache for {len(self._buffers)} layers"
+            )
         keys, values = self._buffers[layer_idx]  # [B, K, M, Dh] each
         _require_same_rows(keys, key_states)
         start = self._lengths[layer_idx]

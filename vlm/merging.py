@@ -3,10 +3,25 @@
 Built in notebooks/11_merging.ipynb: edit it there, then run `make export`.
 """
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-__all__ = ["merge_image_features", "share_pictures", "prefix_lm_mask"]
+__all__ = [
+    "may_read",
+    "merge_image_features",
+    "rows_per_picture",
+    "share_pictures",
+    "prefix_lm_mask",
+]
+
+
+def may_read(tensor: Tensor) -> bool:
+    """Whether a check may read values: on the CPU, and where no graph is traced.
+
+    Elsewhere it would make a GPU wait, and `torch.compile` and `torch.export` fail.
+    """
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def merge_image_features(
@@ -16,20 +31,33 @@ def merge_image_features(
 ) -> Float[Tensor, "B T D"]:
     """Put each row's N image features, in order, where its `image_mask` is True.
 
-    Raises ValueError where a row hasn't exactly N image tokens.
+    Raises ValueError where a row hasn't exactly N image tokens. On a GPU and in a graph
+    that is traced, where values can't be read, all features become NaN instead.
     """
     pictures, num_features, _ = image_features.shape
     counts = image_mask.sum(dim=1)  # [B]
-    if pictures != len(counts) or (counts != num_features).any():
+    wrong = (counts != num_features).any()
+    if pictures != image_mask.shape[0] or (may_read(wrong) and wrong):
         raise ValueError(
             f"{pictures} pictures of {num_features} features each for {len(counts)} "
             f"rows with {counts.tolist()} image tokens: make the inputs with a "
             "processor whose num_image_tokens and <image> id are the model's"
         )
+    image_features = image_features.masked_fill(wrong, float("nan"))
     # Features are taken in order, row by row: the same order in which seats are found.
     return inputs_embeds.masked_scatter(
         image_mask[..., None], image_features.to(inputs_embeds.dtype)
     )  # [B, T, D]
+
+
+def rows_per_picture(pictures: int, num_rows: int) -> int:
+    """How many consecutive rows each picture serves; ValueError if not equally many."""
+    if pictures == 0 or num_rows % pictures:
+        raise ValueError(
+            f"{pictures} pictures can't serve {num_rows} rows evenly: give one for "
+            "each row, or one for every n consecutive rows"
+        )
+    return num_rows // pictures
 
 
 def share_pictures(
@@ -40,13 +68,8 @@ def share_pictures(
     With a picture for each row, nothing changes. Raises ValueError where `num_rows`
     can't be shared out evenly.
     """
-    pictures = len(image_features)
-    if pictures == 0 or num_rows % pictures:
-        raise ValueError(
-            f"{pictures} pictures can't serve {num_rows} rows evenly: give one for "
-            "each row, or one for every n consecutive rows"
-        )
-    return image_features.repeat_interleave(num_rows // pictures, dim=0)  # [B, N, D]
+    repeats = rows_per_picture(image_features.shape[0], num_rows)
+    return image_features.repeat_interleave(repeats, dim=0)  # [B, N, D]
 
 
 def prefix_lm_mask(

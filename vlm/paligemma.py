@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import PaliGemmaConfig
-from .gemma import build_language_model, positions_from_mask
+from .gemma import build_language_model, check_ids, positions_from_mask
 from .kv_cache import KVCache, StaticKVCache
-from .merging import merge_image_features, prefix_lm_mask, share_pictures
+from .merging import (
+    may_read,
+    merge_image_features,
+    prefix_lm_mask,
+    share_pictures,
+)
 from .projector import PaliGemmaMultiModalProjector
 from .siglip import SiglipVisionModel
 
@@ -50,8 +55,9 @@ def place_tokens(
     - `token_type_ids` [B, M]; None: all prefix, but what follows a filled cache is
       suffix.
 
-    Raises ValueError where either has another shape.
+    Raises ValueError for ids of another kind, and where the others have another shape.
     """
+    check_ids("input_ids", input_ids)
     if attention_mask is not None and attention_mask.ndim == 4:
         return attention_mask, None
     batch, num_new = input_ids.shape
@@ -115,11 +121,11 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         inputs_embeds = self.language_model.model.embed(token_ids)  # [B, T, D]
         if pixel_values is not None:
             features = self.encode_images(pixel_values)  # [pictures, N, D]
-            features = share_pictures(features, len(input_ids))  # [B, N, D]
+            features = share_pictures(features, input_ids.shape[0])  # [B, N, D]
             return merge_image_features(inputs_embeds, features, image_mask)
-        if image_mask.any():
+        if may_read(image_mask) and image_mask.any():
             raise ValueError("image tokens need pixel_values and an empty cache")
-        return inputs_embeds
+        return inputs_embeds.masked_fill(image_mask[..., None], float("nan"))
 
     def forward(
         self,
@@ -142,12 +148,11 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         - `labels`: ids to learn, or -100. `logits_to_keep`: the last n places, 0 all.
 
         Returns `logits` [B, T, V], `kv_cache`, `loss` given labels, `attentions` (each
-        layer's [B, H, T, M]) if asked. Raises ValueError where shapes disagree.
+        layer's [B, H, T, M]) if asked. Raises ValueError where shapes disagree, and
+        where image tokens and pictures do: on the CPU, elsewhere the logits are NaN.
         """
         if labels is not None and token_type_ids is None:
-            raise ValueError(
-                "labels need token_type_ids too, or the answer sees its own future"
-            )
+            raise ValueError("labels need token_type_ids, or answers see their future")
         past = kv_cache.num_items() if kv_cache is not None else 0
         mask, places = place_tokens(input_ids, past, attention_mask, token_type_ids)
         outputs = self.language_model(
@@ -159,6 +164,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             output_attentions=output_attentions,
         )
         if labels is not None:
+            check_ids("labels", labels, input_ids.shape)
             labels = labels[:, -logits_to_keep:]  # -0 keeps all of them
             outputs["loss"] = next_token_loss(outputs["logits"], labels)
         return outputs

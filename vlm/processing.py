@@ -160,7 +160,7 @@ def array_to_image(array: np.ndarray) -> Image.Image:
         array = (array / 257).round().astype(np.uint8)  # 65535 = 255 * 257
     elif np.issubdtype(array.dtype, np.floating):
         if not (np.isfinite(array).all() and array.min() >= 0 and array.max() <= 1):
-            raise ValueError("pictures made of floats must lie in 0…1: divide them")
+            raise ValueError("an image of floats must lie in 0…1 (bytes / 255)")
         array = (array * 255).round().astype(np.uint8)
     elif array.dtype != np.uint8:
         raise ValueError(
@@ -173,8 +173,8 @@ def to_eight_bits(image: Image.Image) -> Image.Image:
     """Modes of more than eight bits a channel, scaled down; others as they are.
 
     The mode decides, not the content, so that a dark frame of a camera is scaled like a
-    bright one: I;16 and I are 0…65535 (16-bit PPM files, and PNG files before Pillow
-    11, come as mode I), F is 0…1. ValueError for values outside.
+    bright one: I;16 and I are 0…65535 (16-bit PPM files come as mode I), F is 0…1.
+    ValueError for values outside.
     """
     if not image.mode.startswith(("I", "F")):
         return image
@@ -217,7 +217,7 @@ def load_image(image: ImageLike) -> Image.Image:
         try:
             with Image.open(path) as opened:
                 image = opened.copy()  # reads all of it before the file closes
-        except Exception as error:  # for a broken file Pillow raises a dozen kinds
+        except Exception as error:  # for a broken file Pillow raises many kinds
             raise ValueError(
                 f"{path} is not a picture that can be read: {str(error) or repr(error)}"
             ) from None
@@ -368,11 +368,11 @@ class PaliGemmaProcessor:
                     "num_image_tokens and image_size must be whole numbers from 1, "
                     f"not {num_image_tokens} and {image_size}"
                 )
+        token = _first_wrong_token(tokenizer)
         ids = {*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS)}
-        if ids.isdisjoint({None, tokenizer.unk_token_id}):  # all are in the vocabulary
-            if _first_wrong_token(tokenizer):
-                add_paligemma_tokens(tokenizer)
-        if token := _first_wrong_token(tokenizer):
+        if token and ids.isdisjoint({None, tokenizer.unk_token_id}):  # all have ids
+            token = _first_wrong_token(add_paligemma_tokens(tokenizer))
+        if token:
             raise ValueError(
                 f"{token} isn't one token of this tokenizer, in PaliGemma's order: "
                 "call add_paligemma_tokens(tokenizer) first, or take the checkpoint's"

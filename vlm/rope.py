@@ -1,5 +1,5 @@
-"""Turn queries and keys by an angle that grows with position: scores then depend on
-distance alone.
+"""Rotate queries and keys by an angle that grows with position: of two positions, a
+score then depends on the signed offset alone.
 
 Built in notebooks/05_rope.ipynb: edit it there, then run `make export`.
 """

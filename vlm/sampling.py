@@ -5,14 +5,16 @@ Built in notebooks/13_sampling.ipynb: edit it there, then run `make export`.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from .gemma import check_ids
 from .kv_cache import KVCache, StaticKVCache
+from .merging import rows_per_picture
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import IMAGE_TOKEN
 
@@ -40,7 +42,7 @@ __all__ = [
 def apply_temperature(
     logits: Float[Tensor, "B V"], temperature: float
 ) -> Float[Tensor, "B V"]:
-    """Divide by the temperature (> 0): under 1 sharpens the choice, over 1 evens it.
+    """Divide by the temperature (> 0): under 1 sharpens the choice, over 1 flattens it.
 
     The largest logit becomes 0 first, so that a tiny temperature can't overflow.
     """
@@ -129,10 +131,12 @@ class GenerationSettings:
     cache: str = "dynamic"
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "top_k", "seed"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, Integral):
-                raise ValueError(f"{name}={value!r} must be a whole number")
+        kinds = dict.fromkeys(("max_new_tokens", "top_k", "seed"), Integral)
+        for name, kind in {**kinds, "temperature": Real, "top_p": Real}.items():
+            value, default = getattr(self, name), getattr(type(self), name)
+            if not isinstance(value, kind) and value is not default:
+                what = "a number" if kind is Real else "a whole number"
+                raise ValueError(f"{name}={value!r} must be {what}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if not 0 <= self.temperature < float("inf"):
@@ -147,15 +151,18 @@ class GenerationSettings:
             raise ValueError(f"seed={self.seed} must be a number of at most 64 bits")
         if self.cache not in ("dynamic", "static"):
             raise ValueError(f"cache={self.cache!r} must be 'dynamic' or 'static'")
-        if not callable(self.stop) and not all(self.stop_strings):
-            raise ValueError("a stop string must not be empty")
+        if not callable(self.stop) and not all(
+            isinstance(ending, str) and ending for ending in self.stop_strings
+        ):
+            raise ValueError("stop must be a function, or strings that aren't empty")
 
     @property
     def stop_strings(self) -> list[str]:
         """`stop` as a list; empty where it is a function or absent."""
         if self.stop is None or callable(self.stop):
             return []
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        is_list = isinstance(self.stop, (list, tuple))
+        return list(self.stop) if is_list else [self.stop]
 
     def is_time_to_stop(self, token_ids: list[int], text: str) -> bool:
         """What `stop` says about a row's tokens and text so far."""
@@ -228,7 +235,7 @@ def token_steps(
     It knows nothing of EOS or `stop`: whoever has enough stops asking. Raises
     FloatingPointError for logits that are no numbers, which would read as blanks.
     """
-    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    inputs = {n: t.to(model.device) for n, t in inputs.items() if t is not None}
     attention_mask = inputs["attention_mask"]
     batch, length = attention_mask.shape
     kv_cache = make_cache(
@@ -262,14 +269,16 @@ def token_steps(
 class TextDecoder:
     """Turns a growing row of ids into pieces of text, special tokens left out.
 
-    loc and seg tokens are text. A character may take several byte tokens: its text
-    comes with the last of them.
+    loc and seg tokens are text, also where the tokenizer calls them special. A
+    character may take several byte tokens: its text comes with the last of them.
     """
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
-        self.hidden = {*tokenizer.all_special_ids}
-        self.hidden.add(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+        special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)
+        self.hidden = {i for t, i in special if not t.startswith(("<loc", "<seg"))}
+        image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.hidden |= {tokenizer.eos_token_id, image_id}
         self.token_ids: list[int] = []
         self.text = ""
 
@@ -317,7 +326,10 @@ def check_inputs(
     inputs: dict[str, Tensor],
     settings: GenerationSettings,
 ) -> None:
-    """Raise a ValueError for inputs that can't be continued, before any work."""
+    """Raise a ValueError for inputs that can't be continued, before any work.
+
+    Values are read here, once, so that no pass of the model has to.
+    """
     missing = [n for n in ("input_ids", "attention_mask") if n not in inputs]
     if missing:
         raise ValueError(f"inputs lack {' and '.join(missing)}: use the processor's")
@@ -326,7 +338,36 @@ def check_inputs(
             "inputs to generate from hold no labels and no token_type_ids: call our "
             "processor without a suffix (transformers' adds both: leave them out)"
         )
-    length = inputs["input_ids"].shape[1]
+    input_ids, pixel_values = inputs["input_ids"], inputs.get("pixel_values")
+    check_ids("input_ids", input_ids)
+    vocabulary = model.config.text_config.vocab_size
+    is_image = input_ids == model.config.image_token_index
+    unknown = input_ids[~is_image & ((input_ids < 0) | (input_ids >= vocabulary))]
+    if len(unknown):
+        raise ValueError(
+            f"input_ids hold {unknown[0]}, but the model knows 0…{vocabulary - 1}: the "
+            "tokenizer belongs to another model"
+        )
+    mask = inputs["attention_mask"]
+    if (
+        not isinstance(mask, Tensor)
+        or mask.shape != input_ids.shape
+        or not ((mask == 0) | (mask == 1)).all()
+        or not mask.any(dim=1).all()
+    ):
+        raise ValueError(
+            f"attention_mask must be {list(input_ids.shape)} of 1 (a token) and 0 "
+            "(padding), with a token in each row"
+        )
+    num_features, why = 0, "there are no pixel_values"
+    if pixel_values is not None:
+        rows_per_picture(len(pixel_values), len(input_ids))
+        num_features = model.config.vision_config.num_image_tokens
+        why = f"the model takes {num_features}: make a processor with that number"
+    counts = is_image.sum(dim=1).tolist()
+    if {*counts} != {num_features}:
+        raise ValueError(f"rows with {counts} image tokens, but {why}")
+    length = input_ids.shape[1]
     needed = length + settings.max_new_tokens - 1  # the last one isn't fed back
     positions = model.config.text_config.max_position_embeddings
     if needed > positions:
@@ -395,7 +436,7 @@ def generate(
     `settings`: those of `GenerationSettings`, by name. Rows may be of different length,
     padded left or right. loc and seg tokens are part of the text; the other special
     tokens are not.
-    Raises ValueError for settings out of range and prompts that are too long.
+    Raises ValueError for settings out of range and for inputs that can't be continued.
     """
     return [row.text for row in generate_tokens(model, tokenizer, inputs, **settings)]
 

@@ -17,16 +17,16 @@ from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .detection import (
-    COLORS,
-    Detection,
-    ParsedObjects,
-    check_size,
-    draw_detections,
-    split_objects,
-)
+from .detection import COLORS, Detection, ParsedObjects, draw_detections, split_objects
 from .mask_tokens import DECODER_FILE, MaskDecoder, mask_iou
-from .processing import Box, ImageLike, load_image, locs_to_box, segs_to_codes
+from .processing import (
+    Box,
+    ImageLike,
+    check_size,
+    load_image,
+    locs_to_box,
+    segs_to_codes,
+)
 from .sampling import Generation
 from .scenes import SceneObject
 from .weights import ADAPTER_CONFIG, adapter_base, find_checkpoint
@@ -115,7 +115,9 @@ def parse_segmentations(
     Raises TypeError for what is no answer or no decoder, ValueError for what is no
     picture's size.
     """
-    check_size(width, height, Integral)
+    check_size(width, height)
+    if not (isinstance(width, Integral) and isinstance(height, Integral)):
+        raise ValueError(f"width and height are whole numbers, not {width}, {height}")
     if not isinstance(decoder, nn.Module):
         raise TypeError(f"decoder={decoder!r}: give what load_mask_decoder returns")
     found = split_objects(text)

@@ -74,8 +74,8 @@ class SiglipMLP(nn.Module):
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """Widen, bend, narrow; no patch sees another."""
-        hidden_states = self.fc1(hidden_states)  # [B, N, intermediate]
+        """Up-project, activate, down-project; no patch sees another."""
+        hidden_states = self.fc1(hidden_states)  # [B, N, F]
         hidden_states = F.gelu(hidden_states, approximate="tanh")
         return self.fc2(hidden_states)  # [B, N, D]
 
