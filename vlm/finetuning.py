@@ -1167,12 +1167,7 @@ def build_parser() -> OneLineParser:
     add("--output", metavar="FOLDER", help="where the new checkpoint will be")
     add("--model_path", metavar="P", help="folder or hub id; default: embedded model")
     add("--validation", metavar="FILE", help="rows to measure on, instead of a share")
-    add(
-        "--resume",
-        **switch,
-        default=False,
-        help="go on with a saved run and its settings",
-    )
+    add("--resume", **switch, default=False, help="go on with a saved run, as it was")
     add("--stop_after", metavar="N", type=int, help="save and stop at this step")
     for name, value in vars(FineTuningConfig()).items():
         kind = dict(type=type(value), metavar=name[0].upper())
