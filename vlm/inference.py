@@ -201,9 +201,9 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
 def find_images(words: Sequence[str]) -> list[str]:
     """The files that some words name, each once.
 
-    A folder stands for the files in it with a picture's extension; a pattern, with *, ?
-    or [, for the files that match; both sorted. Any other word is taken for a file.
-    Raises FileNotFoundError where there is none.
+    A folder stands for the files in it with a picture's extension; a pattern with `*`,
+    `?` or `[` for the files that match; both sorted. Any other word is taken for a
+    file. Raises FileNotFoundError where there is none.
     """
     from PIL import Image
 
