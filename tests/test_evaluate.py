@@ -13,7 +13,7 @@ from vlm.detection import Detection
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
 from vlm.sampling import Generation, generate
 from vlm.scenes import (
-    HELD_OUT_SEEDS,
+    VALIDATION_SEEDS,
     all_kinds,
     detect_question,
     make_scene,
@@ -21,7 +21,7 @@ from vlm.scenes import (
 )
 from vlm.weights import EMBEDDED, load_hf_model, make_processor
 
-SCENES = [make_scene(seed, 64) for seed in HELD_OUT_SEEDS[:6]]
+SCENES = [make_scene(seed, 64) for seed in VALIDATION_SEEDS[:6]]
 EVERY_KIND = "detect, every kind asked"
 
 
@@ -38,7 +38,7 @@ def perfect_boxes(score=1.0):
 
 
 def test_exam_is_the_same_every_time_and_asks_for_absent_things():
-    for seed, scene in zip(HELD_OUT_SEEDS, SCENES, strict=False):
+    for seed, scene in zip(VALIDATION_SEEDS, SCENES, strict=False):
         questions = evaluate.exam(scene, seed)
         assert questions == evaluate.exam(scene, seed)
         empty = [q for q in questions if q.task == "detect" and q.answer == ""]
@@ -49,7 +49,7 @@ def test_exam_is_the_same_every_time_and_asks_for_absent_things():
 
 def said(write):
     """(scene, question, answer) for the whole exam; `write` makes the answers."""
-    for index, (seed, scene) in enumerate(zip(HELD_OUT_SEEDS, SCENES, strict=False)):
+    for index, (seed, scene) in enumerate(zip(VALIDATION_SEEDS, SCENES, strict=False)):
         for question in evaluate.exam(scene, seed):
             yield index, question, Generation([0], [1.0], [write(scene, question)])
 
@@ -131,7 +131,7 @@ def test_a_picture_is_encoded_once_for_all_its_prompts():
     encoded = []
     model.vision_tower.register_forward_hook(lambda _, given, __: encoded.append(given))
     prompts = ["detect owl", "caption en", "segment owl"]
-    scene = make_scene(HELD_OUT_SEEDS[0], processor.image_size)
+    scene = make_scene(VALIDATION_SEEDS[0], processor.image_size)
     rows = evaluate.ask(model, processor, scene, prompts)
     ((pixels,),) = encoded
     assert len(pixels) == 1

@@ -1,4 +1,4 @@
-"""Judge a checkpoint on the 500 held-out scenes: a table, and JSON for the chapters.
+"""Judge a checkpoint on the 500 validation scenes: a table, and JSON for the chapters.
 
     python tools/evaluate.py [--model_path FOLDER] [--write]
 
@@ -44,8 +44,8 @@ from vlm.detection import Detection
 from vlm.processing import Box
 from vlm.sampling import Generation, generate_tokens
 from vlm.scenes import (
-    HELD_OUT_SEEDS,
-    HELD_OUT_STYLE,
+    VALIDATION_SEEDS,
+    VALIDATION_STYLE,
     Question,
     Scene,
     absent_kind,
@@ -67,7 +67,7 @@ START, END = "<!-- numbers -->", "<!-- /numbers -->"
 
 
 def exam(scene: Scene, seed: int) -> list[Question]:
-    """The questions that a held-out scene is judged by; the same every time."""
+    """The questions that a scene is judged by; the same every time."""
     rng = random.Random(seed)
     present = list(scene.counts)
     absent = [absent_kind(scene, rng) for _ in range(ABSENT_PER_SCENE)]
@@ -282,15 +282,15 @@ def main() -> None:
     parser.add_argument("--model_path", help="default: the embedded checkpoint")
     parser.add_argument("--mask_decoder", help="default: the one beside the model")
     parser.add_argument("--write", action="store_true", help="keep the numbers there")
-    parser.add_argument("--scenes", type=int, default=len(HELD_OUT_SEEDS))
+    parser.add_argument("--scenes", type=int, default=len(VALIDATION_SEEDS))
     arguments = parser.parse_args()
     model, tokenizer = load_hf_model(arguments.model_path)
     processor = make_processor(model, tokenizer)
     side = processor.image_size
     decoder = load_mask_decoder(arguments.model_path, arguments.mask_decoder)
-    seeds = HELD_OUT_SEEDS[: arguments.scenes]
+    seeds = VALIDATION_SEEDS[: arguments.scenes]
     scenes = [make_scene(seed, side) for seed in seeds]
-    others = [make_scene(seed, side, [HELD_OUT_STYLE]) for seed in seeds]
+    others = [make_scene(seed, side, [VALIDATION_STYLE]) for seed in seeds]
     nothing = [[] for _ in scenes]  # most kinds are absent: the most common answer
     numbers = {
         name: score(
