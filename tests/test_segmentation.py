@@ -599,7 +599,7 @@ def test_only_the_decoder_of_a_hub_checkpoint_is_fetched(monkeypatch, tmp_path):
     monkeypatch.setattr("vlm.weights.snapshot_download", fetch)
     with pytest.raises(ValueError, match="owner/model@v1 has no mask decoder"):
         load_mask_decoder("owner/model@v1")
-    wanted = ["mask_decoder.safetensors", "vae-oid.npz"]
+    wanted = ["adapter_config.json", "mask_decoder.safetensors", "vae-oid.npz"]
     assert asked == [("owner/model", "v1", wanted)]
 
 

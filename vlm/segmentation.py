@@ -29,7 +29,7 @@ from .processing import (
 )
 from .sampling import Generation
 from .scenes import SceneObject
-from .weights import find_checkpoint
+from .weights import ADAPTER_CONFIG, adapter_base, find_checkpoint
 
 __all__ = [
     "GOOGLE_DECODER",
@@ -244,7 +244,8 @@ def load_mask_decoder(
 
     `path`: an .npz with the names of Google's `vae-oid.npz`, or a folder that holds
     one or was written by `save_pretrained`. Without it: what lies beside the checkpoint
-    `model_path` (a folder, a hub id; None is the embedded one, which ships its own).
+    `model_path` (a folder, a hub id; None is the embedded one, which ships its own), or
+    beside the base of an adapter that is there.
     Codes mean something only to the decoder that they were learned with, so another
     checkpoint's is never taken. Raises FileNotFoundError where `path` holds none, and
     ValueError for a checkpoint without one: it says which file to give.
@@ -262,8 +263,11 @@ def load_mask_decoder(
             )
         return decoder
     # Of a checkpoint on the hub nothing else is fetched: it may hold gigabytes.
-    folder = find_checkpoint(model_path, only=(DECODER_FILE, GOOGLE_DECODER))
+    files = (DECODER_FILE, GOOGLE_DECODER, ADAPTER_CONFIG)
+    folder = find_checkpoint(model_path, only=files)
     decoder = _decoder_in(folder)
+    if decoder is None and (base := adapter_base(folder)) is not None:
+        return load_mask_decoder(base)
     if decoder is None:
         raise ValueError(
             f"the checkpoint {model_path or folder} has no mask decoder beside it: "
