@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from vlm.figures import mask_codes
@@ -215,10 +217,15 @@ def test_a_code_is_nearest_to_its_own_vector():
 @pytest.mark.parametrize(
     ("codes", "message"),
     [
-        (torch.zeros(1, 15, dtype=torch.long), r"shape \[1, 15\], expected \[B, 16\]"),
-        (torch.zeros(1, 17, dtype=torch.long), r"shape \[1, 17\]"),
+        (torch.zeros(1, 15, dtype=torch.long), r"\[B, 16\]"),
+        (torch.zeros(1, 17, dtype=torch.long), r"\[B, 16\]"),
+        (torch.zeros(16, dtype=torch.long), r"\[B, 16\]"),
         (torch.full((1, 16), 128), "0…127"),
         (torch.full((2, 16), -1), "0…127"),
+        (torch.full((1, 16), 3.0), "whole numbers"),
+        (torch.zeros(1, 16, dtype=torch.uint8), "whole numbers"),  # an index of bools
+        ([[3] * 16], "tensor"),
+        (np.zeros((1, 16), int), "tensor"),
     ],
 )
 def test_codes_that_are_none(codes, message):
@@ -375,8 +382,22 @@ def test_squeezing_keeps_sides_in_place(seed):
     assert abs(mask.mean() - (square.mean().item() + 1) / 2) < 0.03
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        np.full((5, 5), 255, np.uint8),  # a picture's bytes: 255 · 255 is 1, in bytes
+        np.ones((5, 5)),
+        np.ones((3, 5, 5), bool),
+        torch.ones(5, 5),
+    ],
+)
+def test_only_yes_and_no_is_a_mask(mask):
+    with pytest.raises(ValueError, match="bool"):
+        inspect.unwrap(crop_to_square)(mask)
+
+
 def test_a_mask_without_pixels_is_refused():
-    with pytest.raises(ValueError, match=r"\(0, 5\) has no pixels"):
+    with pytest.raises(ValueError, match="with pixels"):
         crop_to_square(np.zeros((0, 5), bool))
 
 
@@ -490,11 +511,29 @@ def test_files_that_are_none(google, tmp_path):
     broken = tmp_path / "broken.npz"
     for content in (b"", b"no file of arrays", google[0].read_bytes()[:9999]):
         broken.write_bytes(content)
-        with pytest.raises(ValueError, match=r"broken\.npz is no \.npz file"):
+        with pytest.raises(ValueError, match=r"broken\.npz isn't an"):
             MaskDecoder.from_npz(broken)
     np.savez(broken, **{"_vq_vae._embedding": np.array([{"a": 1}], object)})
     with pytest.raises(ValueError, match="can't be read as arrays"):  # no pickle
         MaskDecoder.from_npz(broken)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_damaged_files_are_value_errors(google, tmp_path, save):
+    """Bytes changed at random, in 60 ways: numpy's reader fails in many words."""
+    file, rng = tmp_path / "damaged.npz", random.Random(0)
+    save(
+        file,
+        **{name: array[:1, :9] for name, array in google[1].items() if array.ndim > 1},
+    )
+    whole = file.read_bytes()
+    for _ in range(60):
+        spoiled = bytearray(whole)
+        start = rng.randrange(len(whole))
+        spoiled[start : start + 40] = rng.randbytes(len(whole[start : start + 40]))
+        file.write_bytes(spoiled)
+        with pytest.raises(ValueError, match=r"damaged\.npz|_vq_vae"):
+            MaskDecoder.from_npz(file)
 
 
 def test_a_wrong_shape_is_named(google, tmp_path):
@@ -517,6 +556,32 @@ def test_what_is_saved_comes_back(vqvae, tmp_path):
     decoder = MaskDecoder.from_pretrained(str(folder))
     codes = torch.randint(128, (1, 16))
     assert torch.equal(decoder(codes), vqvae.eval().decoder(codes))
+
+
+def test_a_full_disk_leaves_both_files(vqvae, tmp_path, monkeypatch):
+    """Encoder and decoder belong together: neither is replaced without the other."""
+    vqvae.save_pretrained(tmp_path)
+    former = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    files = []
+
+    def full(tensors, file, metadata):
+        if files.append(file) or len(files) == 2:
+            raise SafetensorError("No space left on device (os error 28)")
+        save_file(tensors, file, metadata)
+
+    monkeypatch.setattr("vlm.mask_tokens.save_file", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        MaskVQVAE(MaskEncoder(), MaskDecoder()).save_pretrained(tmp_path)
+    assert former == {file: file.read_bytes() for file in tmp_path.iterdir()}
+
+
+def test_space_is_checked_before_the_first_step(tmp_path, monkeypatch, capsys):
+    free = shutil.disk_usage(tmp_path)._replace(free=8_000_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: free)
+    monkeypatch.setattr("vlm.mask_tokens.train_mask_tokens", None)
+    assert main(["--output", str(tmp_path / "run"), "--steps", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "free in" in error and error.count("\n") == 1
 
 
 def test_folders_that_hold_no_masks(vqvae, tmp_path):

@@ -255,6 +255,14 @@ def test_scenes_that_cannot_be(settings, message):
         make_scene(3, **settings)
 
 
+def test_one_name_is_not_several_letters():
+    scene = make_scene(3)
+    with pytest.raises(ValueError, match=r"write \['owl'\]"):
+        detect_question(scene, "owl")
+    with pytest.raises(ValueError, match="several names"):
+        segment_question(scene, "owl", lambda mask: [0] * 16)
+
+
 # Drawing
 
 

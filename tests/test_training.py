@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
+from vlm import inference
 from vlm.mask_tokens import Codebook, MaskDecoder, MaskEncoder, MaskVQVAE
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
@@ -34,6 +38,7 @@ from vlm.training import (
     learning_rate_at,
     load_teacher,
     main,
+    make_accelerator,
     make_tokenizer,
     mask_plans,
     overhear,
@@ -43,7 +48,9 @@ from vlm.training import (
     sincos_positions,
     token_losses,
     train,
+    validate,
 )
+from vlm.weights import load_hf_model, save_hf_model
 
 CONFIG = TrainingConfig(
     steps=4,
@@ -93,6 +100,28 @@ def small_model(tokenizer, seed=0):
     model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_dict(config))
     initialize(model, tokenizer)
     return model
+
+
+@pytest.fixture(scope="module")
+def first_half(world_tokenizer, processor, tmp_path_factory):
+    """A run with masks, stopped after three of its six steps."""
+    folder = tmp_path_factory.mktemp("run") / "parts"
+    model = small_model(world_tokenizer)
+    train(model, processor, CONFIG, folder, stop_after=3, vqvae=random_masks())
+    return folder
+
+
+@pytest.fixture
+def started(first_half, tmp_path):
+    """A copy of that run, to go on with."""
+    return shutil.copytree(first_half, tmp_path / "parts")
+
+
+def resume(folder, processor, config, **others):
+    """Go on with the run in `folder`, as it was begun but for `others`."""
+    model = small_model(processor.tokenizer, seed=9)
+    settings = dict(resume=True, vqvae=random_masks()) | others
+    return train(model, processor, config, folder, **settings)
 
 
 def test_patch_targets_against_counting_pixels():
@@ -547,6 +576,154 @@ def test_resumed_run_equals_one_in_one_go(world_tokenizer, processor, tmp_path):
     assert [json.loads(line) for line in lines] == straight
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        dict(seed=99),
+        dict(learning_rate=9.0),
+        dict(steps=9),
+        dict(mixed_precision="bf16"),
+    ],
+)
+def test_a_run_goes_on_with_its_own_settings(
+    other, world_tokenizer, processor, started
+):
+    """Another one is refused by name, and nothing has been changed then."""
+    before = {f: f.read_bytes() for f in started.rglob("*") if f.is_file()}
+    ((name, value),) = other.items()
+    with pytest.raises(ValueError, match=rf"{name} .*{value}"):
+        resume(started, processor, replace(CONFIG, **other))
+    assert before == {f: f.read_bytes() for f in started.rglob("*") if f.is_file()}
+
+
+def test_a_run_goes_on_with_its_own_mask_tokens_and_start(processor, started):
+    for other in (dict(vqvae=None), dict(init="elsewhere")):
+        with pytest.raises(ValueError, match="mask_tokens|init"):
+            resume(started, processor, CONFIG, **other)
+    masks = random_masks()
+    masks.decoder.codebook._embedding[5, 7] += 1
+    with pytest.raises(ValueError, match="mask_tokens"):
+        resume(started, processor, CONFIG, vqvae=masks)
+
+
+def test_when_to_write_may_change_on_the_way(processor, started):
+    free = dict(log_every=2, save_every=1, eval_every=1)
+    log = resume(started, processor, replace(CONFIG, **free))
+    assert [entry["step"] for entry in log] == [1, 2, 3, 4, 6]
+
+
+def test_a_stop_that_has_been_passed_is_refused(processor, started):
+    for stop in (3, 0):
+        with pytest.raises(ValueError, match="stop_after"):
+            resume(started, processor, CONFIG, stop_after=stop)
+
+
+def test_resume_restores_the_settings_of_the_command_line(
+    tmp_path, started, capsys, monkeypatch
+):
+    """The same line again or none of its flags; another value is refused by name."""
+    monkeypatch.setattr("vlm.training.validate", lambda model, processor: {"right": 1})
+    base = tmp_path / "base"
+    save_hf_model(*load_hf_model(started / "last", "cpu"), base)
+    out = ["--output", str(tmp_path / "run")]
+    line = ["--init", str(base), "--mask_tokens", str(base), "--batch_size", "2"]
+    line += ["--steps", "3", "--seed", "3", "--questions_per_picture", "1"]
+    assert main([*out, *line, "--stop_after", "1"]) == 0
+    masks = MaskVQVAE(MaskEncoder(), MaskDecoder())
+    masks.save_pretrained(tmp_path / "masks")
+    for flag, value in (
+        ("seed", "99"),
+        ("batch_size", "64"),  # the default, given
+        ("init", str(started)),
+        ("mask_tokens", str(tmp_path / "masks")),
+    ):
+        capsys.readouterr()
+        assert main([*out, "--resume", f"--{flag}", value]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ") and flag in error and "\n" not in error
+    for number, flags in enumerate([[], line]):
+        stop = ["--stop_after", str(2 + number), "--log_every", "1"]
+        assert main([*out, "--resume", *flags, *stop]) == 0
+    state = json.loads((tmp_path / "run" / "last" / "training_state.json").read_text())
+    assert state["step"] == 3 and state["config"]["seed"] == 3
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    steps = [json.loads(line)["step"] for line in log]
+    assert sorted(set(steps)) == [1, 2, 3]
+
+
+def test_what_was_trained_to_segment_can_segment(processor, started, capsys):
+    """After every save, its own mask decoder lies beside the model."""
+    resume(started, processor, CONFIG)
+    picture = started / "scene.png"
+    make_scene(5, image_size=64).image.save(picture)
+    command = ["--model_path", str(started / "last"), "--prompt", "segment owl"]
+    command += ["--image_file_path", str(picture), "--only_cpu"]
+    assert inference.main([*command, "--max_tokens_to_generate", "24"]) == 0
+    saved = MaskVQVAE.from_pretrained(started / "last")
+    for name, tensor in random_masks().state_dict().items():
+        assert torch.equal(tensor, saved.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("run, saves", [("new", 2), ("parts", 1)])
+def test_space_is_checked_before_the_first_step(
+    run, saves, processor, started, monkeypatch
+):
+    """For two saves, or one beside that which is there: weights and two moments."""
+    size = 3 * (started / "last" / "model.safetensors").stat().st_size
+    free = shutil.disk_usage(started)._replace(free=saves * size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: free)
+    monkeypatch.setattr("vlm.training.make_scene", None)  # no step is taken
+    model, masks = small_model(processor.tokenizer), random_masks()
+    with pytest.raises(OSError, match="free in"):
+        folder, going_on = started.parent / run, run == "parts"
+        train(model, processor, CONFIG, folder, resume=going_on, vqvae=masks)
+
+
+@pytest.mark.parametrize(
+    "place", ["vlm.training.save_file", "vlm.training.save_hf_model"]
+)
+def test_a_full_disk_leaves_the_former_save(place, processor, started, monkeypatch):
+    """And the run goes on from there when there is space again."""
+    former = {f: f.read_bytes() for f in (started / "last").iterdir()}
+    error = SafetensorError if "file" in place else OSError
+
+    def full(*args, **settings):
+        raise error("No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, full)
+        with pytest.raises(OSError, match="No space left on device"):
+            resume(started, processor, replace(CONFIG, save_every=1))
+    assert former == {f: f.read_bytes() for f in (started / "last").iterdir()}
+    assert sorted(f.name for f in started.iterdir()) == ["last", "log.jsonl"]
+    with (started / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lear')  # as much of a line as there was space for
+    whole = small_model(processor.tokenizer)
+    straight = train(whole, processor, CONFIG, vqvae=random_masks())
+    assert resume(started, processor, CONFIG) == straight
+
+
+def test_trainings_follow_each_other_in_one_process(world_tokenizer, processor):
+    """Whatever the one before computed in, each is as it would be on its own."""
+    config = replace(CONFIG, patch_steps=0, steps=1)
+    logs = []
+    for mixed_precision in ("no", "bf16", "no"):
+        settings = replace(config, mixed_precision=mixed_precision)
+        logs.append(train(small_model(world_tokenizer), processor, settings))
+    assert logs[0] == logs[2] != logs[1]
+    assert logs[1][0]["text"] == pytest.approx(logs[0][0]["text"], rel=0.02)
+
+
+def test_another_device_than_the_run_before(monkeypatch):
+    """On a GPU, then on the CPU, and back: PyTorch's meta device plays the GPU."""
+    for name, cpu in (("meta", False), ("cpu", True), ("meta", False)):
+        with monkeypatch.context() as patch:
+            if not cpu:
+                patch.setenv("ACCELERATE_TORCH_DEVICE", "meta")
+            assert make_accelerator(cpu=cpu).device.type == name
+    assert make_accelerator().device.type != "meta"
+
+
 @pytest.mark.parametrize("name", ["last", "last.old"])
 def test_run_is_never_overwritten(world_tokenizer, processor, tmp_path, name):
     (tmp_path / name).mkdir()
@@ -588,6 +765,14 @@ def test_evaluation_goes_into_the_log(world_tokenizer, processor):
     assert modes == [False, False] and not model.training
 
 
+def test_validation_encodes_a_picture_once(world_tokenizer, processor):
+    model = small_model(world_tokenizer).eval()
+    with overhear(model.vision_tower) as features:
+        right = validate(model, processor, num_scenes=2)
+    assert sum(len(batch) for batch in features) == 2
+    assert set(right) == {"caption", "count", "relation", "presence"}
+
+
 def test_log_refuses_what_is_no_number(tmp_path):
     log = TrainingLog(tmp_path)
     log.add(6, text=1.0, kinds=0.0)
@@ -609,16 +794,20 @@ def test_a_loss_that_is_no_number_is_never_saved(world_tokenizer, processor, tmp
 
 
 SCRIPT = """
-import json, sys
+import sys
+from dataclasses import replace
 import torch
 sys.path[:0] = [{tests!r}]
 from test_training import TWO, random_masks, small_model
 from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
-from vlm.training import make_tokenizer, train
+from vlm.training import make_accelerator, make_tokenizer, train
 torch.set_num_threads(1)
 tokenizer = make_tokenizer(num_scenes=50)
 processor = PaliGemmaProcessor(tokenizer, num_image_tokens=16, image_size=64)
+before = replace(TWO, patch_steps=0, steps=1, mixed_precision="bf16")
+train(small_model(tokenizer), processor, before, vqvae=random_masks())
 train(small_model(tokenizer), processor, TWO, {folder!r}, vqvae=random_masks())
+print(f"one of {{make_accelerator().num_processes}} processes")
 """
 
 
@@ -629,10 +818,17 @@ def test_two_processes_have_the_loss_of_one(world_tokenizer, processor, tmp_path
     script = tmp_path / "run.py"
     tests = str(Path(__file__).parent)
     script.write_text(SCRIPT.format(tests=tests, folder=str(tmp_path / "two")))
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    # Not `accelerate launch --cpu --num_processes 2`: that starts a single process.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc_per_node", "2", str(script)],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("of 2 processes") == 2, done.stdout
     lines = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
     two = [json.loads(line) for line in lines]
     assert [e["step"] for e in two] == [e["step"] for e in one]
@@ -653,15 +849,26 @@ def test_two_processes_have_the_loss_of_one(world_tokenizer, processor, tmp_path
         (["--styles", "cubist"], "unknown style 'cubist'"),
         (["--silent_pictures", "-1"], "silent_pictures=-1 must be at least 0"),
         (["--silent_pictures", "2"], "divisible by 1 + silent_pictures"),
+        (["--steps", "0"], "all_steps is 0"),
+        (["--log_every", "0"], "log_every is 0"),
+        (["--questions_per_picture", "0"], "questions_per_picture is 0"),
+        (["--mixed_precision", "fp8"], "fp8"),
     ],
 )
-def test_command_line_errors_are_one_line(arguments, message, tmp_path, capsys):
+def test_command_line_errors_are_one_line(
+    arguments, message, tmp_path, capsys, monkeypatch, world_tokenizer
+):
+    monkeypatch.setattr("vlm.training.make_tokenizer", lambda: world_tokenizer)
     assert main(["--output", str(tmp_path / "run"), *arguments]) == 2
     error = capsys.readouterr().err.strip()
     assert message in error and "\n" not in error
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_says_how_to_go_on(
+    tmp_path, monkeypatch, capsys, world_tokenizer
+):
+    monkeypatch.setattr("vlm.training.make_tokenizer", lambda: world_tokenizer)
+
     def interrupt(*args, **settings):
         raise KeyboardInterrupt
 

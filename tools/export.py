@@ -4,10 +4,12 @@
     python tools/export.py notebooks/05_rope.ipynb    just this one
     python tools/export.py --check                    write nothing, fail if stale
 
-nbdev finds the cells (`#| default_exp rope`, `#| export`) and the public names; the
-`HandWritten` maker below decides how the module looks: a docstring made of the
-chapter's promise (the `> ` line under its title) and of where it comes from, one block
-of imports, `__all__`, then the code, all of it through ruff. A module that defines a
+nbdev finds the cells (`#| default_exp rope`, `#| export`, and `#| export packing` for a
+small module beside the chapter's own) and the public names; the `HandWritten` maker
+below decides how the module looks: a docstring made of a line that says what it is (a
+string that begins its first cell, or the chapter's promise, the `> ` line under its
+title) and of where it comes from, one block of imports, `__all__`, then the code, all
+of it through ruff. A module that defines a
 function called `main` ends in the two lines that make `python -m` run it (a notebook
 can't hold those: there, `__name__` is always `"__main__"`).
 """
@@ -118,6 +120,17 @@ def promise(title_cell: str, notebook: str) -> str:
     return found[0]
 
 
+def take_docstring(source: str) -> tuple[str | None, str]:
+    """Split a cell into the string that it begins with, if any, and the other code."""
+    body = ast.parse(source).body
+    if not body or not isinstance(body[0], ast.Expr):
+        return None, source
+    text = getattr(body[0].value, "value", None)
+    if not isinstance(text, str):
+        return None, source
+    return text, "\n".join(source.splitlines()[body[0].end_lineno :])
+
+
 def docstring(summary: str, notebook: str) -> str:
     """The module's docstring: what it does, and where to read and edit it."""
     source = f"Built in notebooks/{notebook}: edit it there, then run `make export`."
@@ -139,16 +152,14 @@ class HandWritten(ModuleMaker):
                 f"{notebook} says `#| default_exp {self.name}`, but a chapter's module "
                 f"has the chapter's name: `#| default_exp {topic}`"
             )
-        if not self.is_new:
-            raise ExportError(
-                f"{notebook} exports to {self.name} with `#| export {self.name}`: one "
-                "chapter builds one module, so write a plain `#| export`"
-            )
         title = next((c.source for c in cells if c.cell_type == "markdown"), "")
         imports, code = {"future": [], "plain": [], "typing": []}, []
+        summary = None
         for cell in (c for c in cells if c.cell_type == "code"):
             try:
-                relative = with_relative_imports(cell.source, ast.parse(cell.source))
+                said, source = take_docstring(cell.source)
+                summary = summary or said
+                relative = with_relative_imports(source, ast.parse(source))
             except SyntaxError as error:
                 raise ExportError(
                     f"{notebook}: line {error.lineno} of cell {cell.get('id')} doesn't "
@@ -165,7 +176,12 @@ class HandWritten(ModuleMaker):
                 code.append(rest)
         code_cells = L(c for c in all_cells if c.cell_type == "code")
         names = [str(name) for name in self.make_all(code_cells)]
-        parts = [docstring(promise(title, notebook), notebook)]
+        if summary is None and not self.is_new:
+            raise ExportError(
+                f"{notebook}: the first cell that goes to {self.name} must begin with "
+                "a string that says what the module is"
+            )
+        parts = [docstring(summary or promise(title, notebook), notebook)]
         parts += ["\n".join(dict.fromkeys(block)) for block in imports.values()]
         parts += ["__all__ = [" + ", ".join(f'"{name}"' for name in names) + "]"]
         parts += ["\n\n\n".join(code)]

@@ -6,7 +6,7 @@ course. Run it to change the set of stickers, or to see where every file comes f
     python tools/make_assets.py                      # fetch the packages (npm, pip)
     python tools/make_assets.py --packages FOLDER    # or take them from a folder
 
-Four npm packages hold the stickers, one per style; two wheels hold the photographs.
+Five npm packages hold the stickers, one per style; two wheels hold the photographs.
 Each package's SHA-256 is checked before a byte of it is read. The result depends only
 on the packages and on the versions of Pillow and resvg-py (Pillow 13.0.0 and
 resvg-py 0.5.0 made the shipped files): running the script twice gives the same files.
@@ -86,6 +86,12 @@ TWEMOJI = Package(
     "twemoji-svg-15.0.0.tgz",
     "1d2907557a422c7c4e3feca50ef915c39da1db3d76b4a4d7e73fb59bce4403c3",
 )
+FXEMOJI = Package(
+    "@iconify-json/fxemoji",
+    "1.2.2",
+    "iconify-json-fxemoji-1.2.2.tgz",
+    "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
+)
 SCIKIT_IMAGE = Package(
     "scikit-image",
     "0.26.0",
@@ -98,7 +104,7 @@ SCIKIT_LEARN = Package(
     "scikit_learn-1.9.1-cp311-cp311-manylinux_2_27_x86_64.manylinux_2_28_x86_64.whl",
     "52a0703bbc07ad27f560fa63fa68e4c54dd735bfbbf65b4dd3c225dc7547b6df",
 )
-PACKAGES = (FLUENT, NOTO, FLAT, TWEMOJI, SCIKIT_IMAGE, SCIKIT_LEARN)
+PACKAGES = (FLUENT, NOTO, FLAT, TWEMOJI, FXEMOJI, SCIKIT_IMAGE, SCIKIT_LEARN)
 
 # Photograph -> the wheel that holds it and its path there.
 PHOTOS: dict[str, tuple[Package, str]] = {
@@ -115,8 +121,8 @@ PHOTOS: dict[str, tuple[Package, str]] = {
 }
 
 # Kind -> its Unicode code point. Chosen to be everyday things with a short name, drawn
-# as the same thing in all four styles, unlike one another, and without a background
-# square or disc behind them.
+# as the same thing in the first four styles, unlike one another, and without a
+# background square or disc. The fifth style has three quarters: see FXEMOJI_LACKS.
 KINDS: dict[str, str] = {
     "airplane": "2708",
     "alarm clock": "23f0",
@@ -220,6 +226,42 @@ KINDS: dict[str, str] = {
     "whale": "1f433",
 }
 
+# Kind -> its drawing's name in the Firefox OS set, which has no table of code points,
+# where that isn't the kind's name without spaces. Whole animals where the other styles
+# show whole animals.
+FXEMOJI_NAMES = {
+    "apple": "redapple",
+    "backpack": "schoolsatchel",
+    "bee": "honeybee",
+    "book": "closedbook",
+    "car": "automobile",
+    "cat": "catside",
+    "dog": "dogside",
+    "eggplant": "aubergine",
+    "fox": "foxsmiling",
+    "gift": "present",
+    "hourglass": "hourglassflowingsand",
+    "ladybug": "ladybeetle",
+    "locomotive": "steamlocomotive",
+    "panda": "pandaface",
+    "pig": "pigside",
+    "pizza": "sliceofpizza",
+    "pumpkin": "jackolantern",
+    "rabbit": "bunnyside",
+    "snowman": "snowmanwithoutsnow",
+    "star": "whitemediumstar",
+    "tiger": "tigerside",
+    "whale": "spurtingwhale",
+}
+# What that set doesn't draw, or draws as something else: a bunch of bananas, a ball
+# above a hoop, a sailboat on a square of sky, a folded umbrella.
+FXEMOJI_LACKS = {
+    *("avocado", "bat", "butterfly", "carrot", "chair", "crab", "cupcake", "drum"),
+    *("duck", "flamingo", "giraffe", "hedgehog", "hot dog", "lion", "magnet", "owl"),
+    *("parrot", "pretzel", "robot", "shark", "taco", "unicorn"),
+    *("banana", "basketball", "sailboat", "umbrella"),
+}
+
 # Plurals that do not follow the rules in ``plural_of``.
 IRREGULAR_PLURALS = {"cactus": "cacti", "sheep": "sheep", "snowman": "snowmen"}
 
@@ -298,6 +340,18 @@ def load_fluent(path: Path) -> dict[str, Image.Image]:
     return {names[name]: Image.open(io.BytesIO(data)) for name, data in files.items()}
 
 
+def draw_icon(icons: dict, word: str) -> Image.Image:
+    """Draw one of the drawings in an Iconify package's ``icons.json``."""
+    icon = icons["icons"][word]
+    width = icon.get("width", icons.get("width", 16))
+    height = icon.get("height", icons.get("height", 16))
+    return draw_svg(
+        '<svg xmlns="http://www.w3.org/2000/svg" '
+        'xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+    )
+
+
 def load_iconify(path: Path) -> dict[str, Image.Image]:
     """Return every kind's picture from a package of Iconify's.
 
@@ -307,20 +361,23 @@ def load_iconify(path: Path) -> dict[str, Image.Image]:
     files = read_npm(path, {"icons.json", "chars.json"})
     icons = json.loads(files["icons.json"])
     words = json.loads(files["chars.json"])
-    width, height = icons.get("width", 16), icons.get("height", 16)
     pictures = {}
     for kind, codepoint in KINDS.items():
         word = next(words[s] for s in spellings(codepoint) if s in words)
         while word in icons.get("aliases", {}):
             word = icons["aliases"][word]["parent"]
-        icon = icons["icons"][word]
-        box = f"0 0 {icon.get('width', width)} {icon.get('height', height)}"
-        pictures[kind] = draw_svg(
-            '<svg xmlns="http://www.w3.org/2000/svg" '
-            'xmlns:xlink="http://www.w3.org/1999/xlink" '
-            f'viewBox="{box}">{icon["body"]}</svg>'
-        )
+        pictures[kind] = draw_icon(icons, word)
     return pictures
+
+
+def load_fxemoji(path: Path) -> dict[str, Image.Image]:
+    """Return the pictures that the Firefox OS set has, found by name."""
+    icons = json.loads(read_npm(path, {"icons.json"})["icons.json"])
+    return {
+        kind: draw_icon(icons, FXEMOJI_NAMES.get(kind, kind.replace(" ", "")))
+        for kind in KINDS
+        if kind not in FXEMOJI_LACKS
+    }
 
 
 def load_twemoji(path: Path) -> dict[str, Image.Image]:
@@ -339,6 +396,7 @@ STYLES: dict[str, tuple[Package, Callable[[Path], dict[str, Image.Image]]]] = {
     "noto": (NOTO, load_iconify),
     "flat": (FLAT, load_iconify),
     "twemoji": (TWEMOJI, load_twemoji),
+    "fxemoji": (FXEMOJI, load_fxemoji),
 }
 
 
@@ -380,12 +438,13 @@ def make_stickers(packages: Path, folder: Path) -> None:
     (folder / "kinds.json").write_text(f"[\n{rows}\n]\n", encoding="utf-8")
     for style, (package, load) in STYLES.items():
         pictures = load(check_package(package, packages))
-        missing = sorted(set(KINDS) - set(pictures))
+        lacks = FXEMOJI_LACKS if style == "fxemoji" else set()
+        missing = sorted(set(KINDS) - lacks - set(pictures))
         if missing:
             raise SystemExit(f"{package.name} lacks {', '.join(missing)}")
         target = folder / style
         target.mkdir(exist_ok=True)
-        files = {f"{name.replace(' ', '_')}.webp": name for name in sorted(KINDS)}
+        files = {f"{name.replace(' ', '_')}.webp": name for name in sorted(pictures)}
         for file, name in tqdm(files.items(), desc=style, unit="sticker"):
             make_sticker(pictures[name]).save(
                 target / file,

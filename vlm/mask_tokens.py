@@ -9,6 +9,7 @@ import json
 import os
 import random
 import sys
+import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from tqdm import tqdm
 
 from .processing import NUM_SEGS
 from .scenes import STYLES, make_scene
+from .weights import require_space
 
 __all__ = [
     "MASK_SIDE",
@@ -63,10 +65,15 @@ ENCODER_FILE = "mask_encoder.safetensors"
 def crop_to_square(mask: Bool[np.ndarray, "h w"]) -> Float[Tensor, "1 64 64"]:
     """A mask cut out along its box → 64 × 64 values from -1 (outside) to 1 (inside).
 
-    Both sides are stretched to 64, whatever their ratio. Raises ValueError if empty.
+    Both sides are stretched to 64, whatever their ratio. Raises ValueError for what
+    isn't a mask with pixels.
     """
-    if mask.size == 0:
-        raise ValueError(f"a mask of shape {mask.shape} has no pixels")
+    mask = np.asarray(mask)
+    if mask.ndim != 2 or mask.dtype != bool or mask.size == 0:
+        raise ValueError(
+            f"a mask is a bool array [h, w] with pixels, not {mask.dtype} "
+            f"{list(mask.shape)}"
+        )
     picture = Image.fromarray(mask.astype(np.uint8) * 255)
     size = (MASK_SIDE, MASK_SIDE)
     picture = picture.resize(size, Image.Resampling.BILINEAR)
@@ -113,11 +120,11 @@ def _read_npz(path: str | os.PathLike, sha256: str | None) -> dict[str, np.ndarr
                 "another file; fetch it again"
             )
     if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} is no .npz file (truncated?): fetch it again")
+        raise ValueError(f"{path} isn't an .npz file (truncated?): fetch it again")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except Exception as error:  # of zip, zlib, NumPy or Python's own tokenizer
         raise ValueError(f"{path} can't be read as arrays: {error}") from error
 
 
@@ -135,6 +142,20 @@ def _fill(module: nn.Module, arrays: dict[str, Any], source: Any) -> None:
                 f"expected {tuple(tensor.shape)}"
             )
     module.load_state_dict({name: torch.as_tensor(arrays[name]) for name in wanted})
+
+
+def _save(folder: str | os.PathLike, *parts: "MaskModule") -> None:
+    "Write each part's file; none is replaced before all are complete. Or OSError."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for part in parts:
+            tensors = {name: t.contiguous() for name, t in part.state_dict().items()}
+            try:
+                save_file(tensors, Path(scratch, part.file_name), {"format": "pt"})
+            except SafetensorError as error:
+                raise OSError(f"can't write into {folder}: {error}") from error
+        for part in parts:
+            os.replace(Path(scratch, part.file_name), Path(folder, part.file_name))
 
 
 class MaskModule(nn.Module):
@@ -155,10 +176,7 @@ class MaskModule(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Self:
-        """Read the file that `save_pretrained` wrote.
-
-        Raises FileNotFoundError without it, and ValueError as `from_npz` does.
-        """
+        """Read the file that `save_pretrained` wrote; raises as `from_npz` does."""
         path = Path(folder) / cls.file_name
         if not path.is_file():
             raise FileNotFoundError(
@@ -175,9 +193,7 @@ class MaskModule(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write this part's safetensors file into `folder`."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        tensors = {name: t.contiguous() for name, t in self.state_dict().items()}
-        save_file(tensors, Path(folder) / self.file_name, {"format": "pt"})
+        _save(folder, self)
 
 
 class MaskEncoder(MaskModule):
@@ -266,12 +282,15 @@ class MaskDecoder(MaskModule):
     def forward(self, codes: Int[Tensor, "B 16"]) -> Float[Tensor, "B 1 64 64"]:
         """Codes 0…127, row by row → values nominally -1…1; a pixel over 0 is inside.
 
-        Raises ValueError for another number of codes or one out of range.
+        Raises ValueError for another number of codes, type, or one out of range.
         """
-        if codes.ndim != 2 or codes.shape[1] != CODES_PER_MASK:
-            raise ValueError(f"codes have shape {list(codes.shape)}, expected [B, 16]")
-        if codes.numel() and not 0 <= codes.min() <= codes.max() < NUM_SEGS:
-            raise ValueError(f"codes must be 0…{NUM_SEGS - 1}")
+        whole = getattr(codes, "dtype", None) in (torch.int64, torch.int32)
+        shaped = whole and codes.shape[1:] == (CODES_PER_MASK,)
+        if not shaped or ((codes < 0) | (codes >= NUM_SEGS)).any():
+            raise ValueError(
+                f"codes must be a tensor [B, {CODES_PER_MASK}] of whole numbers "
+                f"0…{NUM_SEGS - 1}, not {codes!r:.99}"
+            )
         return self.decoder(self.codebook.look_up(codes))
 
 
@@ -306,8 +325,7 @@ class MaskVQVAE(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write the two files."""
-        self.encoder.save_pretrained(folder)
-        self.decoder.save_pretrained(folder)
+        _save(folder, self.encoder, self.decoder)
 
     def forward(
         self, masks: Float[Tensor, "B 1 64 64"]
@@ -529,6 +547,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.manual_seed(arguments["seed"])
         vqvae = MaskVQVAE(MaskEncoder(), MaskDecoder())
         output.mkdir(parents=True, exist_ok=True)
+        require_space(output, sum(t.nbytes for t in vqvae.state_dict().values()))
         log = train_mask_tokens(vqvae, **arguments)
         vqvae.save_pretrained(output)
         lines = "".join(json.dumps(entry) + "\n" for entry in log)

@@ -533,8 +533,11 @@ def object_strings(
     """The answer to `detect a ; b`: each thing's four loc tokens and label.
 
     From left to right. With `encode_mask` (mask crop → 16 codes) it is the answer to
-    `segment`. Nothing of these kinds there: the empty string.
+    `segment`. Nothing of these kinds there: the empty string. Raises ValueError for one
+    name that isn't in a list.
     """
+    if isinstance(kinds, str):
+        raise ValueError(f"kinds must be several names: write [{kinds!r}]")
     kinds = set(kinds)
     side = scene.image.width
     answers = []
@@ -765,7 +768,7 @@ def train_tokenizer(sentences: Iterable[str], num_pieces: int = 1024) -> Tokeniz
     At most `num_pieces` pieces, the 256 bytes among them. As in Gemma's, spaces become
     "▁" and belong to the word behind them, and characters never seen fall back to
     bytes, so any prompt has ids. pad, eos, bos, unk are 0…3.
-    Source: Sennrich et al. 2016 (BPE), Kudo and Richardson 2018 (byte fallback).
+    Source: Sennrich et al. 2016 (BPE); byte fallback as in the library SentencePiece.
     """
     learned, merges = _learn_pieces(sentences, num_pieces - len(BYTE_TOKENS))
     pieces = [*SPECIAL_TOKENS, *BYTE_TOKENS, *learned]

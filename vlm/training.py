@@ -5,6 +5,7 @@ Built in notebooks/17_training.ipynb: edit it there, then run `make export`.
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import os
@@ -24,7 +25,9 @@ from accelerate import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
 )
+from accelerate.state import AcceleratorState
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,6 +39,7 @@ from transformers import PreTrainedTokenizerFast
 from .config import PaliGemmaConfig
 from .mask_tokens import (
     CODES_PER_MASK,
+    ENCODER_FILE,
     MASK_SIDE,
     Codebook,
     MaskDecoder,
@@ -66,6 +70,7 @@ from .weights import (
     find_checkpoint,
     load_hf_model,
     make_processor,
+    require_space,
     save_hf_model,
 )
 
@@ -74,6 +79,7 @@ __all__ = [
     "PATCH_TARGETS",
     "OUTLINE_SIDE",
     "VALIDATION_SEEDS",
+    "FREE",
     "SAVED",
     "Evaluate",
     "TrainingConfig",
@@ -107,9 +113,13 @@ __all__ = [
     "check_run_folder",
     "load_teacher",
     "load_training_state",
+    "run_settings",
+    "saved_settings",
+    "check_settings",
     "refuse_what_is_no_number",
     "TrainingLog",
     "validate",
+    "make_accelerator",
     "training_step",
     "train",
     "build_parser",
@@ -124,6 +134,10 @@ OUTLINE_SIDE = 16  # an outline is a mask in 16 × 16 cells on its box
 VALIDATION_SEEDS = range(2 * 10**9, 2 * 10**9 + 500)  # neither trained on nor reported
 
 
+# What may change when a run goes on: when it writes and who draws, not what it learns.
+FREE = ("log_every", "eval_every", "save_every", "num_workers")
+
+
 def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -136,7 +150,7 @@ class TrainingConfig:
     each with its own warm-up and cosine. A batch is `batch_size` pictures, over all
     processes together. The first of every `1 + silent_pictures` brings
     `questions_per_picture` questions in one row. Raises ValueError where that doesn't
-    divide a batch.
+    divide a batch, and for counts below 1.
     """
 
     steps: int = _setting(1000, "steps with questions")
@@ -179,6 +193,9 @@ class TrainingConfig:
     save_every: int = _setting(500, "steps between saves")
 
     def __post_init__(self) -> None:
+        for name in ("all_steps", "batch_size", "questions_per_picture", *FREE[:3]):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, not at least 1")
         if self.silent_pictures < 0 or self.batch_size % (1 + self.silent_pictures):
             raise ValueError(
                 f"silent_pictures={self.silent_pictures} must be at least 0, and "
@@ -796,23 +813,36 @@ def save_training_state(
     lesson: Lesson,
     optimizer: torch.optim.Optimizer,
     tokenizer: Any,
-    config: TrainingConfig,
+    settings: dict[str, Any],
+    vqvae: MaskVQVAE | None = None,
 ) -> None:
     """Write `folder/last`: the model in Hugging Face layout, teacher, moments, step.
 
-    The folder appears when it is complete. No pickle: tensors are safetensors.
+    With `vqvae`, what reads and writes its masks lies beside the model. The folder
+    appears when it is complete; OSError where it can't be, and the former stays. No
+    pickle: tensors are safetensors.
     """
     staged = folder / "last.new"
     shutil.rmtree(staged, ignore_errors=True)
-    save_hf_model(lesson.model, tokenizer, staged)
     tensors = {f"teacher.{n}": t for n, t in lesson.teacher.state_dict().items()}
     for name, parameter in lesson.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = torch.as_tensor(value).clone()
-    save_file(tensors, staged / "training_state.safetensors")
-    text = json.dumps({"step": step, "config": asdict(config)}, indent=2)
-    (staged / "training_state.json").write_text(text + "\n", encoding="utf-8")
-    _replace_folder(staged, folder / "last")
+    text = json.dumps({"step": step, "config": settings}, indent=2)
+    try:
+        if vqvae is not None:
+            vqvae.save_pretrained(staged)
+        companions = None if vqvae is None else staged
+        save_hf_model(lesson.model, tokenizer, staged, companions_from=companions)
+        save_file(tensors, staged / "training_state.safetensors")
+        (staged / "training_state.json").write_text(text + "\n", encoding="utf-8")
+        _replace_folder(staged, folder / "last")
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise OSError(
+            f"step {step} can't be saved in {folder} ({error}): make room, then resume "
+            "from the last save"
+        ) from error
 
 
 SAVED = ("last", "last.old")  # .old: the machine stopped between two renames
@@ -873,6 +903,43 @@ def load_training_state(
     return json.loads((place / "training_state.json").read_text())["step"]
 
 
+def run_settings(
+    config: TrainingConfig,
+    init: str | os.PathLike | None,
+    vqvae: MaskVQVAE | None,
+) -> dict[str, Any]:
+    """All that decides what a run learns: settings, start, the code of its masks."""
+    start = os.path.abspath(init) if init and os.path.exists(init) else init
+    settings = asdict(config) | {"init": start and str(start), "mask_tokens": None}
+    if vqvae is not None:
+        table = vqvae.decoder.codebook._embedding.cpu().numpy()
+        settings["mask_tokens"] = hashlib.sha256(table.tobytes()).hexdigest()
+    return settings
+
+
+def saved_settings(place: Path) -> dict[str, Any]:
+    """The `run_settings` of the run saved in `place`."""
+    return json.loads((place / "training_state.json").read_text("utf-8"))["config"]
+
+
+def check_settings(place: Path, settings: dict[str, Any]) -> None:
+    """Raise a ValueError that names what differs from the run saved in `place`.
+
+    Only the settings in `FREE` may.
+    """
+    saved = saved_settings(place)
+    other = [
+        f"{name} {saved.get(name)!r}, not {value!r}"
+        for name, value in settings.items()
+        if saved.get(name) != value and name not in FREE
+    ]
+    if other:
+        raise ValueError(
+            f"the run in {place} has {'; '.join(other)}: resume it with its own "
+            "settings, or start a new one with another output"
+        )
+
+
 def refuse_what_is_no_number(step: int, values: dict[str, float]) -> None:
     """Raise a FloatingPointError where a value of that step is NaN or infinite."""
     if not all(math.isfinite(value) for value in values.values()):
@@ -894,11 +961,14 @@ class TrainingLog:
         if self.path:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if first_step and self.path.is_file():
-                lines = self.path.read_text(encoding="utf-8").splitlines()
+                # Without what stands after the last line's end: a full disk cuts lines.
+                lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
                 former = [json.loads(line) for line in lines]
                 self.entries = [e for e in former if e["step"] <= first_step]
             text = "".join(json.dumps(entry) + "\n" for entry in self.entries)
-            self.path.write_text(text, encoding="utf-8")
+            whole = self.path.with_name("log.jsonl.new")
+            whole.write_text(text, encoding="utf-8")
+            os.replace(whole, self.path)
 
     def add(self, step: int, **losses: float) -> None:
         """Count a step's losses, the same names every step; they must be numbers."""
@@ -937,7 +1007,7 @@ def validate(
         rng = random.Random(seed)
         tasks = ("caption", "count", "relation", "presence")
         questions = [sample_question(scene, task, rng) for task in tasks]
-        inputs = processor([q.prompt for q in questions], [scene.image] * len(tasks))
+        inputs = processor([q.prompt for q in questions], [scene.image])
         texts = generate(model, processor.tokenizer, inputs, max_new_tokens=48)
         for question, text in zip(questions, texts, strict=True):
             right.setdefault(question.task, []).append(text == question.answer)
@@ -945,6 +1015,38 @@ def validate(
 
 
 Evaluate = Callable[[PaliGemmaForConditionalGeneration, int], dict[str, float]]
+
+
+def make_accelerator(
+    mixed_precision: str = "no", cpu: bool = False, **settings: Any
+) -> Accelerator:
+    """An `Accelerator` with whole batches, whatever runs came before in this process.
+
+    Under a launcher with several processes the device stays that of the first run.
+    """
+    # Accelerate keeps number format and device for the life of a process, refuses
+    # another format, and takes another device without a word. Forgetting both is the
+    # only way to a second run; a group of processes can't be forgotten.
+    alone = not torch.distributed.is_initialized()
+    AcceleratorState._reset_state(reset_partial_state=alone)
+    return Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=cpu,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        **settings,
+    )
+
+
+def _make_loader(dataset: SceneDataset, first: int) -> DataLoader:
+    "All batches after the first `first` steps."
+    config = dataset.config
+    return DataLoader(
+        Subset(dataset, range(first * config.batch_size, len(dataset))),
+        batch_size=config.batch_size,
+        collate_fn=collate,
+        num_workers=config.num_workers,
+        prefetch_factor=4 if config.num_workers else None,
+    )
 
 
 def training_step(
@@ -993,34 +1095,34 @@ def train(
       planned; None asks `detect` instead.
 
     Raises FileExistsError where `output` holds a run and `resume` is False,
-    FileNotFoundError where it holds none to resume, and FloatingPointError when a loss
-    is no longer a number.
+    FileNotFoundError where it holds none to resume, ValueError where that one has other
+    settings, OSError where its disk is full (before the first step, as far as that can
+    be known), and FloatingPointError when a loss is no longer a number.
     Runs on one process or, under `accelerate launch`, on several with the same loss.
     """
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = make_accelerator(config.mixed_precision, kwargs_handlers=[ddp])
     torch.manual_seed(config.seed)
     folder = Path(output) if output is not None else None
     check_run_folder(folder, resume)
+    settings = run_settings(config, init, vqvae)
+    if resume:
+        check_settings(saved_run(folder), settings)
     first_seg = processor.tokenizer.convert_tokens_to_ids(seg_token(0))
     lesson = Lesson(model, Teacher(model.config), vqvae, first_seg)
     if init is not None:
         load_teacher(Path(init), lesson.teacher)
     optimizer = make_optimizer(lesson, config)
     first = load_training_state(folder, lesson, optimizer) if resume else 0
+    if stop_after is not None and stop_after <= first:
+        raise ValueError(f"stop_after={stop_after}: the run is at step {first} already")
+    if folder:  # weights and two moments, and room for the next save beside the last
+        size = 3 * sum(parameter.nbytes for parameter in lesson.parameters())
+        require_space(folder, size if resume else 2 * size)
     patch_size = model.config.vision_config.patch_size
     encode_mask = None if vqvae is None else vqvae.encode_mask
     dataset = SceneDataset(processor, patch_size, config, encode_mask)
-    loader = DataLoader(
-        Subset(dataset, range(first * config.batch_size, len(dataset))),
-        batch_size=config.batch_size,
-        collate_fn=collate,
-        num_workers=config.num_workers,
-        prefetch_factor=4 if config.num_workers else None,
-    )
+    loader = _make_loader(dataset, first)
     learner, optimizer, loader = accelerator.prepare(lesson, optimizer, loader)
     log = TrainingLog(folder if accelerator.is_main_process else None, first)
     bar = tqdm(
@@ -1053,7 +1155,8 @@ def train(
                     lesson,
                     optimizer.optimizer,
                     processor.tokenizer,
-                    config,
+                    settings,
+                    vqvae,
                 )
         if last:
             break
@@ -1063,11 +1166,14 @@ def train(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A flag for every field of TrainingConfig, and where to read and write."""
+    """A flag for every field of TrainingConfig, and where to read and write.
+
+    Only what was given is in the result: a run that goes on has settings of its own.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m vlm.training",
         description="Train the embedded model, or go on with a checkpoint, on scenes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     parser.add_argument("--output", required=True, help="folder for log and checkpoint")
     parser.add_argument(
@@ -1075,18 +1181,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--mask_tokens",
-        help="folder with the mask encoder and decoder (default: the embedded ones)",
+        help="folder with the mask encoder and decoder (default: those of the "
+        "checkpoint to start from, or else the embedded ones)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="continue the run in output"
+        "--resume",
+        action="store_true",
+        help="continue the run in output, with its own settings; others are refused, "
+        f"but for {', '.join(FREE)}",
     )
     parser.add_argument("--stop_after", type=int, help="end early, at this step")
     for setting in fields(TrainingConfig):
         parser.add_argument(
             f"--{setting.name}",
             type=type(setting.default),
-            default=setting.default,
-            help=setting.metadata["help"],
+            help=f"{setting.metadata['help']} (default: {setting.default})",
         )
     return parser
 
@@ -1096,15 +1205,20 @@ def main(argv: list[str] | None = None) -> int:
 
     130, as shells expect, when it was interrupted.
     """
-    arguments = vars(build_parser().parse_args(argv))
-    output, init = Path(arguments.pop("output")), arguments.pop("init")
-    resume, stop_after = arguments.pop("resume"), arguments.pop("stop_after")
-    mask_tokens = arguments.pop("mask_tokens")
+    given = vars(build_parser().parse_args(argv))
+    output, mask_tokens = Path(given.pop("output")), given.pop("mask_tokens", None)
+    resume, stop_after = given.pop("resume", False), given.pop("stop_after", None)
     try:
-        config = TrainingConfig(**arguments)
-        start = saved_run(output) if resume else init
+        start = saved_run(output) if resume else given.get("init")
+        if resume:
+            given = saved_settings(start) | given
+            del given["mask_tokens"]  # the files are in the folder
+        init = given.pop("init", None)
+        config = TrainingConfig(**given)
         if start:
             model, tokenizer = load_hf_model(start, "cpu")
+            if ENCODER_FILE in model.companions:
+                mask_tokens = mask_tokens or model.name_or_path
         else:
             model, tokenizer = new_model(config.seed)
         processor = make_processor(model, tokenizer)
