@@ -11,7 +11,8 @@ import transformers
 from vlm.processing import PaliGemmaProcessor
 from vlm.sampling import generate
 from vlm.scenes import HELD_OUT_SEEDS, make_scene
-from vlm.weights import EMBEDDED, load_hf_model
+from vlm.segmentation import load_mask_decoder, parse_segmentations
+from vlm.weights import EMBEDDED, load_hf_model, save_hf_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -73,3 +74,22 @@ def test_transformers_loads_it_unchanged_and_writes_the_same(prompt):
             written[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
         )
         assert generate(model, tokenizer, inputs, max_new_tokens=40) == [text]
+
+
+def test_a_saved_copy_segments_as_the_original_does(tmp_path):
+    model, tokenizer = load_hf_model(device="cpu")
+    save_hf_model(model, tokenizer, tmp_path)
+    vision = model.config.vision_config
+    side = vision.image_size
+    processor = PaliGemmaProcessor(tokenizer, vision.num_image_tokens, side)
+    scene = make_scene(HELD_OUT_SEEDS[0], side)
+    inputs = processor([f"segment {scene.objects[0].kind}"], [scene.image])
+    found = []
+    for folder in (None, tmp_path):
+        copy, tokenizer = load_hf_model(folder, "cpu")
+        (text,) = generate(copy, tokenizer, inputs, max_new_tokens=40)
+        decoder = load_mask_decoder(folder)
+        found.append(parse_segmentations(text, side, side, decoder))
+    original, again = found
+    assert len(original) == len(again) > 0
+    assert all((a.mask == b.mask).all() for a, b in zip(original, again))

@@ -1,31 +1,40 @@
 """Fine-tuning: what is trained and what stays, the step, the split, the command."""
 
+import errno
 import json
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from peft import PeftModel
 from PIL import Image
 from reference import close, random_inputs, randomize, tiny_config
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import nn
 
+from vlm import inference
 from vlm.finetuning import (
+    KEYS,
     AnswerLoss,
     Base,
     FineTuningConfig,
     Row,
     base_license,
     check_lengths,
+    check_objects,
     choose_parameters,
     choose_trained,
+    complete,
     epoch_ends,
+    find_splits,
     finetune,
     finetuning_step,
     finish,
@@ -37,21 +46,14 @@ from vlm.finetuning import (
     model_card,
     read_rows,
     row_order,
-    write_checkpoint,
+    save_adapter,
 )
 from vlm.paligemma import PaliGemmaForConditionalGeneration
-from vlm.training import make_optimizer
+from vlm.processing import PaliGemmaProcessor
+from vlm.training import make_accelerator, make_optimizer
 from vlm.weights import load_hf_model, make_processor, save_hf_model
 
 QUICK = ["--epochs", "2", "--batch_size", "4", "--learning_rate", "3e-3", "--only_cpu"]
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator():
-    """Accelerate keeps one number format for a process; here each test has its own."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
 
 
 def tiny_model(dtype=torch.float32):
@@ -101,6 +103,11 @@ def data(tmp_path_factory):
 
 def weights(folder):
     return load_hf_model(folder, "cpu")[0].state_dict()
+
+
+def assert_same(ours, theirs):
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
 
 
 # What is trained
@@ -201,7 +208,7 @@ def test_any_part_can_be_trained_under_bfloat16(pattern):
 
 def step_once(model, parts, learning_rate=1e-2, mixed="no"):
     """One step of fine-tuning with AdamW; returns the optimizer."""
-    accelerator = Accelerator(cpu=True, mixed_precision=mixed)
+    accelerator = make_accelerator(mixed, cpu=True)
     config = FineTuningConfig(learning_rate=learning_rate)
     learner = AnswerLoss(model)
     learner, optimizer = accelerator.prepare(
@@ -240,7 +247,7 @@ def test_parts_make_the_same_step_as_one_batch(sizes):
     # SGD instead of AdamW: its step is the gradient, so nothing hides a factor.
     losses = []
     for model, pieces in ((whole, [inputs]), (parts, cut(inputs, sizes))):
-        accelerator = Accelerator(cpu=True)
+        accelerator = make_accelerator(cpu=True)
         learner, optimizer = accelerator.prepare(
             AnswerLoss(model), torch.optim.SGD(model.parameters(), lr=0.1)
         )
@@ -314,9 +321,94 @@ def test_rows_may_have_empty_lines_and_a_byte_order_mark(data):
     odd = data / "odd.txt"  # a file may be given outright
     odd.write_text("\ufeff\n" + lines.replace("\n", "\n\n"), encoding="utf-8")
     rows = read_rows(odd)
-    assert len(rows) == 12 and rows[1].where == "odd.txt line 4"
+    assert len(rows) == 12 and rows[1].where.endswith("/odd.txt line 4")
     assert rows[0].image == data / "0.png"
     odd.unlink()
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(dict(zip(KEYS, row, strict=True))) for row in rows]
+    path.write_text("\n".join(lines))
+
+
+def test_training_and_asking_have_one_form_of_a_prompt(data, tokenizer):
+    labels = data / "forms.txt"
+    write_rows(labels, [("0.png", " detect owl;pizza\n", " "), ("0.png", "a b", "c\n")])
+    processor = PaliGemmaProcessor(tokenizer, 4, 28)
+    for row, asked in zip(
+        read_rows(labels), ("detect owl ; pizza", "a b"), strict=True
+    ):
+        trained = processor([row.prefix], [row.image], [row.suffix])
+        question = processor([asked], [row.image])["input_ids"]
+        prefix = trained["input_ids"][trained["token_type_ids"] == 0]
+        assert torch.equal(prefix, question[0])
+    answers = [processor.encode_suffix(row.suffix) for row in read_rows(labels)]
+    assert answers == [processor.encode_suffix(""), processor.encode_suffix("c")]
+    assert answers[0] == [tokenizer.eos_token_id]
+    labels.unlink()
+
+
+BOX = "<loc0100><loc0200><loc0300><loc0400>"
+SEGS = "<seg000>" * 16
+
+
+@pytest.mark.parametrize(
+    "prefix, suffix",
+    [
+        ("detect owl", ""),
+        ("segment owl", ""),
+        ("detect owl", f"{BOX} owl ; {BOX}{SEGS} snowy owl"),
+        ("segment owl", f"{BOX}{SEGS} owl"),
+        ("caption en", "owls; <3"),
+        ("answer en where is the owl?", f"at {BOX}"),
+    ],
+)
+def test_answers_that_can_be_read_are_learned(prefix, suffix):
+    check_objects(prefix, suffix)
+
+
+@pytest.mark.parametrize(
+    "prefix, suffix",
+    [
+        ("detect owl", "owl"),
+        ("detect owl", f"{BOX}"),
+        ("detect owl", f"{BOX[9:]} owl"),
+        ("detect owl", f"{BOX}<loc0500> owl"),
+        ("detect owl", "<loc0300><loc0200><loc0100><loc0400> owl"),
+        ("detect owl", "<loc0100><loc0400><loc0300><loc0400> owl"),
+        ("detect owl", f"{BOX}{SEGS[8:]} owl"),
+        ("detect owl ; pig", f"{BOX} owl {BOX} pig"),
+        ("segment owl", f"{BOX} owl"),
+        ("segment owl", f"{BOX}{SEGS}{SEGS} owl"),
+        ("segment owl", f"{SEGS}{BOX} owl"),
+    ],
+)
+def test_answers_that_nothing_could_read_are_refused(prefix, suffix):
+    with pytest.raises(ValueError, match="not a valid object"):
+        check_objects(prefix, suffix)
+
+
+@pytest.mark.parametrize("form", ["{}/_annotations.jsonl", "_annotations.{}.jsonl"])
+def test_an_export_is_read_as_what_its_names_say(tmp_path, form):
+    named = {name: tmp_path / form.format(name) for name in ("train", "valid", "test")}
+    for file in named.values():
+        write_rows(file, [])
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "old.jsonl").touch()  # not the data's
+    found = find_splits(tmp_path)
+    assert found == {
+        "train": named["train"],
+        "validation": named["valid"],
+        "test": named["test"],
+    }
+    write_rows(tmp_path / form.format("val"), [])
+    with pytest.raises(ValueError, match="holds .*val.*, .*valid"):
+        find_splits(tmp_path)
+    (tmp_path / form.format("val")).unlink()
+    named["train"].unlink()
+    with pytest.raises(FileNotFoundError, match="train"):
+        find_splits(tmp_path)
 
 
 # The command
@@ -377,7 +469,9 @@ def test_the_loss_after_is_that_of_the_saved_weights(checkpoints, folder):
     log = finetune("mine", "new", config, checkpoints / "bfloat16")
     card = Path("new/README.md").read_text()
     assert "| dtype | bfloat16 |" in card and "bfloat16, fine-tuned with" in card
-    _, held = hold_out(read_rows("mine"), config.held_out, config.seed)
+    _, held = hold_out(
+        read_rows(Path("mine/labels.jsonl")), config.held_out, config.seed
+    )
     for path, entry in ((checkpoints / "bfloat16", log[0]), ("new", log[-1])):
         model, tokenizer = load_hf_model(path, "cpu")
         assert model.dtype == torch.bfloat16
@@ -416,16 +510,219 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(checkpoints, folder, capsys):
     assert run(model, *words, "--resume") == 0
     Path("new").rename("parts")
     assert run(model, *words) == 0
-    for name, tensor in weights("new").items():
-        assert torch.equal(tensor, weights("parts")[name]), name
+    assert_same(weights("new"), weights("parts"))
     assert Path("new/log.jsonl").read_text() == Path("parts/log.jsonl").read_text()
 
 
-def test_a_resumed_run_may_take_fewer_rows_at_once(checkpoints, folder, capsys):
-    model = checkpoints / "float32"
-    assert run(model, "--stop_after", "2") == 0
-    assert run(model, "--resume", "--micro_batch_size", "1") == 0
-    assert "checkpoint and model card in new" in capsys.readouterr().out
+def test_a_resumed_run_has_its_settings_again(
+    checkpoints, folder, capsys, monkeypatch, tmp_path
+):
+    """Also from elsewhere, and with less memory: neither changes what is learned."""
+    model, words = checkpoints / "bfloat16", ["--seed", "3", "--train", "*.mlp.*"]
+    assert run(model, *words) == 0
+    Path("new").rename("whole")
+    assert run(model, *words, "--stop_after", "2") == 0
+    where = ["--output", str(tmp_path / "new"), "--resume"]
+    monkeypatch.chdir("/")
+    for flag, value in {
+        "--seed": "4",
+        "--train": "*.norm.*",
+        "--learning_rate": "1e-3",
+        "--dtype": "float32",
+        "--model_path": str(checkpoints / "float32"),
+        "--data": str(checkpoints.parent / "other"),
+    }.items():
+        if flag == "--data":
+            shutil.copytree(folder, value)
+            spoil(Path(value), 1, json.dumps(GOOD))
+        assert main([*where, flag, value]) == 2
+        name = "rows" if flag == "--data" else flag[2:]
+        assert f"the saved run has {name} " in capsys.readouterr().err
+    moved = tmp_path / "moved"
+    folder.rename(moved)
+    free = ["--micro_batch_size", "2", "--save_every", "1", "--gradient_checkpointing"]
+    free += ["--dtype", "auto"]  # whatever it is
+    assert main([*where, *free, "--data", str(moved)]) == 0
+    ours, theirs = weights(tmp_path / "new"), weights(tmp_path / "whole")
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=1e-2, rtol=1e-2)
+    assert "| seed | 3 |" in (tmp_path / "new" / "README.md").read_text()
+
+
+def test_rows_of_ones_own_validation_file_are_measured_and_not_trained(
+    checkpoints, folder, capsys
+):
+    lines = (folder / "labels.jsonl").read_text().splitlines()
+    rows = [tuple(json.loads(line).values()) for line in lines]
+    for name, some in (("train", rows[:8]), ("valid", rows[7:10]), ("test", rows[10:])):
+        write_rows(folder / name / "rows.jsonl", some)
+        for image in {image for image, *_ in some}:
+            shutil.copy(folder / image, folder / name)
+    (folder / "labels.jsonl").unlink()
+    assert run(checkpoints / "float32") == 0
+    said = capsys.readouterr()
+    assert "mine/test/rows.jsonl isn't read" in said.err
+    assert "1 rows aren't trained on" in said.err
+    card = Path("new/README.md").read_text()
+    assert "10 rows about 10 pictures; of these, 3 rows about\n3 pictures" in card
+    assert "| held_out | the validation file |" in card
+    assert "- validation: rows.jsonl, SHA-256 " in card
+    words = ["--output", "other", "--validation", "mine/valid/rows.jsonl"]
+    assert run(checkpoints / "float32", "--data", "mine/train/rows.jsonl", *words) == 0
+    assert read_log("other") == read_log("new")
+    validation = read_rows(folder / "valid" / "rows.jsonl")
+    with pytest.raises(ValueError, match="too few"):
+        hold_out(validation, 0.1, 0, validation)
+
+
+def test_number_formats_follow_each_other_in_one_process(checkpoints, folder):
+    for number, dtype in enumerate(("float32", "bfloat16", "float32")):
+        config = FineTuningConfig(epochs=1, dtype=dtype, only_cpu=number == 2)
+        finetune("mine", f"new{number}", config, checkpoints / "float32")
+        assert load_hf_model(f"new{number}", "cpu")[0].dtype == getattr(torch, dtype)
+
+
+@pytest.mark.filterwarnings("default")  # peft asks transformers for an old name
+def test_an_adapter_alone_gives_what_the_merged_checkpoint_gives(
+    checkpoints, folder, tmp_path, capsys
+):
+    for base in ("float32", "bfloat16"):
+        for output, words in (
+            (f"{base}-all", []),
+            (f"{base}-part", ["--save_adapter"]),
+        ):
+            words = ["--lora_rank", "2", "--output", output, *words]
+            assert run(checkpoints / base, *words) == 0
+        assert_same(weights(f"{base}-all"), weights(f"{base}-part"))
+        assert read_log(f"{base}-all") == read_log(f"{base}-part")
+    files = {path.name for path in Path("float32-part").iterdir()}
+    wanted = {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert files == wanted | {"log.jsonl"}
+    card = Path("float32-part/README.md").read_text()
+    assert "library_name: peft" in card and str(checkpoints) not in card
+    # peft puts it into transformers' model, every part of it.
+    theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
+        checkpoints / "float32"
+    )
+    theirs = PeftModel.from_pretrained(theirs, "float32-part").eval()
+    ours, _ = load_hf_model("float32-part", "cpu")
+    inputs = random_inputs(ours.config, (4,))
+    with torch.no_grad():
+        close(ours(**inputs)["logits"], theirs(**inputs).logits)
+    # It can be trained further.
+    assert run("float32-part", "--output", "next") == 0
+    assert "loss on held-out rows" in capsys.readouterr().out
+
+
+def test_an_adapter_names_its_base(tmp_path):
+    model = tiny_model()
+    adapters = choose_trained(model, ["multi*"], lora_rank=2)
+    for path, name, revision in (
+        (None, "paligemma-stickers", None),
+        (tmp_path, str(tmp_path), None),
+        ("google/paligemma-3b-pt-224@bf", "google/paligemma-3b-pt-224", "bf"),
+    ):
+        save_adapter(adapters, tmp_path / "new", Base.of(path))
+        values = json.loads((tmp_path / "new" / "adapter_config.json").read_text())
+        assert values["base_model_name_or_path"] == name
+        assert values["revision"] == revision
+
+
+@pytest.mark.parametrize("words", [[], ["--lora_rank", "4", "--save_adapter"]])
+def test_the_embedded_models_children_can_segment(words, folder, tmp_path, capsys):
+    suffix = f"{BOX}{SEGS} owl"
+    write_rows(
+        folder / "labels.jsonl",
+        [(f"{n}.png", "segment owl", suffix) for n in range(12)],
+    )
+    quick = ["--epochs", "1", "--only_cpu", *words]
+    assert main(["--data", "mine", "--output", "new", *quick]) == 0
+    asked = ["--prompt", "segment owl", "--image_file_path", "mine/0.png", "--only_cpu"]
+    capsys.readouterr()
+    assert inference.main([*asked, "--model_path", "new"]) == 0
+    said = capsys.readouterr()
+    assert "score" in said.out or "nothing found" in said.out
+
+
+# A full disk
+
+
+def fill_disk(monkeypatch, free):
+    usage = SimpleNamespace(total=2**40, used=2**40 - free, free=free)
+    monkeypatch.setattr("shutil.disk_usage", lambda place: usage)
+
+
+@pytest.mark.parametrize(
+    "words, needed",
+    [
+        # float32: what is trained, and all of it in the result; or weights and two
+        # moments, twice.
+        (["--train", "*"], 4 + 4),
+        (["--train", "*", "--save_every", "1"], 2 * 3 * 4),
+        (["--train", "*", "--save_every", "1", "--dtype", "bfloat16"], 2 * 3 * 4),
+        (["--train", "*", "--dtype", "bfloat16"], 4 + 2),
+    ],
+)
+def test_space_is_there_before_the_first_step(
+    words, needed, checkpoints, folder, capsys, monkeypatch
+):
+    model = load_hf_model(checkpoints / "float32", "cpu")[0]
+    needed *= sum(weight.numel() for weight in model.parameters())
+    with monkeypatch.context() as patch:
+        fill_disk(patch, needed - 1)
+        patch.setattr("vlm.finetuning.finetuning_step", lambda *given: 1 / 0)
+        assert run(checkpoints / "float32", *words) == 2
+    error = capsys.readouterr().err
+    assert "GB free" in error and error.count("\n") == 1
+    assert not Path("new.unfinished").exists()
+    fill_disk(monkeypatch, needed)
+    with pytest.raises(ZeroDivisionError):
+        monkeypatch.setattr("vlm.finetuning.finetuning_step", lambda *given: 1 / 0)
+        run(checkpoints / "float32", *words)
+
+
+@pytest.mark.parametrize("lora", [[], ["--lora_rank", "2"]])
+def test_a_disk_that_is_full_at_the_end_loses_nothing(
+    lora, checkpoints, folder, capsys, monkeypatch
+):
+    def full(*given):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert run(checkpoints / "float32", *lora) == 0
+    Path("new").rename("whole")
+    for place in ("save_hf_model", "complete"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"vlm.finetuning.{place}", full)
+            words = ["--resume"] if place == "complete" else lora
+            assert run(checkpoints / "float32", *words) == 2
+        error = capsys.readouterr().err
+        assert "No space left" in error and "--resume goes on" in error
+        assert error.count("\n") == 1 and not Path("new").exists()
+    monkeypatch.setattr("vlm.finetuning.finetuning_step", lambda *given: 1 / 0)
+    assert main(["--output", "new", "--resume"]) == 0  # nothing is trained again
+    assert_same(weights("new"), weights("whole"))
+    assert read_log("new") == read_log("whole")
+
+
+def test_a_save_that_fails_leaves_the_former_one(
+    checkpoints, folder, capsys, monkeypatch
+):
+    saves = []
+
+    def save(tensors, path, **given):
+        saves.append(path)
+        if len(saves) == 2:
+            Path(path).write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device")
+        save_file(tensors, path, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vlm.finetuning.save_file", save)
+        assert run(checkpoints / "float32", "--save_every", "2") == 2
+    error = capsys.readouterr().err
+    assert "No space left" in error and error.count("\n") == 1
+    assert main(["--output", "new", "--resume"]) == 0
+    assert [e["step"] for e in read_log("new")][-2:] == [6, 6]
 
 
 def test_a_run_out_of_memory_is_advised_and_not_in_the_way(
@@ -509,19 +806,18 @@ def test_the_card_of_googles_children_carries_gemmas_terms(tmp_path, monkeypatch
     assert base_license("google/paligemma-3b-pt-224") == "gemma"
     assert base_license(None) == "apache-2.0"
     monkeypatch.setattr("vlm.finetuning.find_checkpoint", pytest.fail)
-    base = Base.of("google/paligemma-3b-pt-224@bfloat16")
+    base = Base.of("https://huggingface.co/google/paligemma-3b-pt-224/tree/bfloat16")
     data = dict.fromkeys(
-        ("file sha256 rows pictures held_out_rows held_out_pictures tasks").split(), 1
+        "files rows pictures held_out_rows held_out_pictures tasks".split(), 1
     )
     card = model_card("mine", base, data, {"epochs": 3}, 2.0, 0.5)
     assert "license: gemma\nbase_model: google/paligemma-3b-pt-224\n---" in card
     assert "google/paligemma-3b-pt-224@bfloat16, fine-tuned with" in card
     assert "Gemma Terms of Use" in license_note("gemma")
-    work = tmp_path / "work"
-    work.mkdir()
-    (work / "log.jsonl").write_text("")
-    monkeypatch.setattr("vlm.finetuning.save_hf_model", lambda m, t, f: f.mkdir())
-    write_checkpoint(tiny_model(), None, work, tmp_path / "new", card)
+    staged = tmp_path / "work" / "checkpoint"
+    staged.mkdir(parents=True)
+    (staged.parent / "log.jsonl").write_text("")
+    complete(staged, tmp_path / "new", card)
     assert "ai.google.dev/gemma/terms" in (tmp_path / "new" / "NOTICE").read_text()
 
 
@@ -563,18 +859,29 @@ def spoil(folder, number, text):
 
 
 GOOD = {"image": "0.png", "prefix": "caption en", "suffix": "an owl"}
+DETECT = GOOD | {"prefix": "detect owl"}
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("{'image': 1}", "labels.jsonl line 3 is no JSON"),
+        ("{'image': 1}", "labels.jsonl line 3 is not valid JSON"),
         ("[1, 2]", "labels.jsonl line 3 must be an object"),
         (GOOD | {"answer": "owl"}, "labels.jsonl line 3: unknown key 'answer'"),
         ({"image": "0.png", "prefix": "a"}, "labels.jsonl line 3: 'suffix' is missing"),
         (GOOD | {"suffix": 7}, "labels.jsonl line 3: suffix must be text, not 7"),
-        (GOOD | {"suffix": " "}, "labels.jsonl line 3: suffix is empty"),
-        (GOOD | {"prefix": "<image>a"}, "labels.jsonl line 3: prefix contains <image>"),
+        (GOOD | {"prefix": "\n "}, "labels.jsonl line 3: prefix is empty"),
+        (GOOD | {"prefix": "<image>a"}, "labels.jsonl line 3: '<image>a'"),
+        (
+            GOOD | {"suffix": "owl<eos>"},
+            "labels.jsonl line 3: 'owl<eos>' contains <eos>",
+        ),
+        (GOOD | {"prefix": "<bos>a"}, "labels.jsonl line 3: '<bos>a' contains <bos>"),
+        (GOOD | {"suffix": "<pad>"}, "labels.jsonl line 3: '<pad>' contains <pad>"),
+        (GOOD | {"suffix": "<loc7> a"}, "labels.jsonl line 3: '<loc7>' is not a token"),
+        (GOOD | {"suffix": "<loc1024>"}, "labels.jsonl line 3: '<loc1024>' is not"),
+        (GOOD | {"suffix": "<seg128>"}, "labels.jsonl line 3: '<seg128>' is not"),
+        (DETECT | {"suffix": "owl"}, "labels.jsonl line 3: 'owl' is not a valid obj"),
         (GOOD | {"image": "no.png"}, "labels.jsonl line 3: no image file at mine"),
         (GOOD | {"image": "labels.jsonl"}, "labels.jsonl line 3: mine"),
         (GOOD | {"suffix": "owl " * 300}, "labels.jsonl line 3: "),
@@ -606,7 +913,7 @@ def test_a_row_that_is_too_long_says_by_how_much(checkpoints):
         (["--model_path", "nowhere"], "no folder nowhere"),
         (["--train", "voice.*"], "no parameter is named like 'voice.*'"),
         (["--train", "*norm*", "--lora_rank", "2"], "LoRA works on linear maps"),
-        (["--held_out", "0.99"], "too few to hold"),
+        (["--held_out", "0.99"], "too few"),
         (["--held_out", "1.5"], "held_out must be a share"),
         (["--epochs", "0"], "epochs must be positive"),
         (["--lora_rank", "-1"], "lora_rank must not be negative"),

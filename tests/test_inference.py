@@ -1,6 +1,7 @@
 """The command line: answers to stdout, one line of advice for every mistake."""
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -10,12 +11,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as coco_mask
 from reference import randomize, tiny_config
 
 import vlm.sampling
 import vlm.weights
 from vlm.detection import Detection, ParsedObjects
-from vlm.inference import advice, build_parser, format_table, main, test_inference
+from vlm.inference import (
+    advice,
+    build_parser,
+    find_images,
+    format_table,
+    main,
+    prompt_remarks,
+    test_inference,
+)
 from vlm.mask_tokens import DECODER_FILE, MaskDecoder
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
@@ -76,15 +86,33 @@ def says(monkeypatch):
                 row.token_ids.append(7 if piece else tokenizer.eos_token_id)
                 row.probabilities.append(HALF)
                 row.pieces.append(piece)
-                yield [row]
+                yield [row] * len(inputs["input_ids"])
 
         monkeypatch.setattr(vlm.sampling, "generation_steps", steps)
 
     return set_answer
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with two pictures, and what is none or isn't meant."""
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    Image.new("RGB", (300, 600), "white").save(folder / "a.png")
+    Image.new("RGB", (60, 30), "white").save(folder / "b.JPG")
+    Image.new("RGB", (60, 30), "white").save(folder / "more" / "d.webp")
+    (folder / "c.png").write_text("Dear picture")
+    (folder / "notes.txt").write_text("two pictures")
+    (folder / ".a.png").write_text("what a Mac leaves")
+    return folder
+
+
+def ask_about(path: str, *more: str, prompt: str = "detect owl") -> list[str]:
+    return ["--prompt", prompt, "--image_file_path", path, *more]
+
+
 def ask(prompt: str = "detect owl", *more: str) -> list[str]:
-    return ["--prompt", prompt, "--image_file_path", "picture.png", *more]
+    return ask_about("picture.png", *more, prompt=prompt)
 
 
 def size(path: str) -> tuple[int, int]:
@@ -165,8 +193,8 @@ def test_boxes_are_in_pixels_of_the_upright_picture(checkpoint, says, capsys):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     Image.new("RGB", (800, 400)).save("phone.jpg", exif=exif)
-    words = ["--prompt", "detect owl", "--image_file_path", "phone.jpg"]
-    assert main([*words, "--model_path", str(checkpoint), "--output", "o.png"]) == 0
+    words = ask_about("phone.jpg", "--output", "o.png")
+    assert main([*words, "--model_path", str(checkpoint)]) == 0
     assert "owl    133   0  400  533" in capsys.readouterr().out
     assert size("o.png") == (400, 800)
 
@@ -287,8 +315,76 @@ def test_a_prompt_of_no_known_task_gets_a_remark(checkpoint, says, capsys):
     says("two")
     assert main(ask("What is this?", "--model_path", str(checkpoint))) == 0
     assert "'What' begins no prompt" in capsys.readouterr().err
-    assert main(ask("ocr", "--model_path", str(checkpoint))) == 0
-    assert "begins no prompt" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "prompt, advice",
+    [
+        ("detect owl, elephant", '"detect owl ; elephant"'),
+        ("segment owl and elephant ; pizza", '"segment owl ; elephant ; pizza"'),
+        ("caption", '"caption en"'),
+        ("caption the picture", '"caption en"'),
+        ("answer is there an owl?", '"answer en is there an owl?"'),
+        ("Detect owl", '"detect owl"'),
+        ("detect: owl", '"detect owl"'),
+        ("find owl", '"detect owl"'),
+    ],
+)
+def test_a_prompt_that_misses_by_little_gets_the_right_one(prompt, advice):
+    (line,) = prompt_remarks(prompt)
+    assert advice in line
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    ["detect owl", "detect owl;pizza", "detect owl ; hot dog ;", "segment sandman"]
+    + ["caption en", "caption de", "answer en is there an owl?", "ocr", "cap en"],
+)
+def test_a_prompt_in_its_form_gets_no_remark(prompt):
+    assert prompt_remarks(prompt) == []
+
+
+WRONG_TYPES = [
+    ({"prompt": None}, "prompt"),
+    ({"prompt": ["detect owl"]}, "prompt"),
+    ({"processor": None}, "make_processor"),
+    ({"device": "gpu"}, "device"),
+    ({"image_file_path": None}, "path"),
+    ({"image_file_path": ["picture.png"]}, "path"),
+    ({"max_tokens_to_generate": "many"}, "max_tokens_to_generate"),
+    ({"max_tokens_to_generate": None}, "max_tokens_to_generate"),
+    ({"temperature": "hot"}, "temperature"),
+    ({"top_p": "most"}, "top_p"),
+    ({"do_sample": "False"}, "do_sample"),
+    ({"seed": 1.5}, "seed"),
+    ({"output": 3}, "PathLike"),
+    ({"prompt": "segment owl", "decoder": "vae-oid.npz"}, "load_mask_decoder"),
+]
+
+ASK_WRONGLY = f"""
+import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
+from reference import tiny_tokenizer
+from vlm.inference import test_inference
+from vlm.processing import PaliGemmaProcessor
+asked = dict(model=None, processor=PaliGemmaProcessor(tiny_tokenizer(), 4, 28))
+asked |= dict(device="cpu", prompt="detect owl", image_file_path="picture.png")
+for wrong, _ in {WRONG_TYPES}:
+    try:
+        test_inference(**asked | wrong)
+    except (TypeError, ValueError) as error:
+        print(str(error))
+"""
+
+
+def test_arguments_of_a_wrong_type_are_named():
+    """In a process of its own, without the type checks that these tests are under."""
+    command = [sys.executable, "-c", ASK_WRONGLY]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(WRONG_TYPES)
+    for line, (_, named) in zip(lines, WRONG_TYPES):
+        assert named in line
 
 
 def test_a_table_keeps_its_columns():
@@ -306,10 +402,205 @@ def test_a_table_keeps_its_columns():
         "label  x0  y0    x1  y1   mask  score",
         "owl     0   0  2345   5  11725   1.00",
     ]
-    assert format_table(ParsedObjects([], invalid=2)).splitlines() == [
+    assert format_table(ParsedObjects([], invalid=2, repeated=3)).splitlines() == [
         "nothing found",
         "2 left out: no valid box or mask",
+        "3 left out: written before, token by token",
     ]
+
+
+# Several pictures
+
+
+def test_folders_patterns_and_files_are_pictures(pictures, monkeypatch):
+    monkeypatch.chdir(pictures)
+    assert find_images(["."]) == ["./a.png", "./b.JPG", "./c.png"]
+    assert find_images(["more", "a.png", "*.txt"]) == [
+        *("more/d.webp", "a.png", "notes.txt")
+    ]
+    assert find_images(["[ab].*", "a.png", "**/*.webp"]) == [
+        *("a.png", "b.JPG", "more/d.webp")
+    ]
+    for name in ("a[1].png", "a*.png", "two words.png", "~x.png"):
+        (pictures / name).write_text("")
+        assert find_images([name]) == [name]
+
+
+def test_the_rest_goes_on_after_a_broken_picture(
+    checkpoint, pictures, says, capsys, monkeypatch
+):
+    says(*OWL)
+    loads = []
+    load = vlm.weights.load_hf_model
+    monkeypatch.setattr(
+        vlm.weights, "load_hf_model", lambda *a: loads.append(a) or load(*a)
+    )
+    model = ("--model_path", str(checkpoint))
+    words = ask_about("pictures", "no.png", "picture.png", *model)
+    assert main(words) == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [
+        *(f"pictures/a.png: {''.join(OWL)}", "label   x0  y0   x1   y1  score"),
+        "owl    100   0  300  400   0.50",
+        *(f"pictures/b.JPG: {''.join(OWL)}", "label  x0  y0  x1  y1  score"),
+        "owl    20   0  60  20   0.50",
+        *(f"picture.png: {''.join(OWL)}", "label   x0  y0   x1   y1  score"),
+        "owl    100   0  300  400   0.50",
+    ]
+    said = err.splitlines()
+    assert "pictures/c.png" in said[0] and "no.png" in said[1] and len(said) == 3
+    assert len(loads) == 1
+
+
+def test_nothing_is_loaded_where_no_picture_can_be_read(capsys, monkeypatch):
+    monkeypatch.setattr(vlm.weights, "load_hf_model", None)
+    assert main(ask_about("letter.jpg", "no.png")) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("error: ") == err.count("\n") == 2
+
+
+def test_each_picture_gets_its_drawing(checkpoint, pictures, says, capsys, tmp_path):
+    says(*OWL)
+    words = ask_about("pictures/[ab]*", "pictures/more/d.webp", "--output", "drawn")
+    for _ in range(2):  # the second time in a folder that is there
+        assert main([*words, "--model_path", str(checkpoint)]) == 0
+    drawn = {file.name: size(file) for file in (tmp_path / "drawn").iterdir()}
+    assert drawn == {"a.png": (300, 600), "b.JPG": (60, 30), "d.webp.png": (60, 30)}
+
+
+def test_a_batch_is_answered_as_one_by_one(checkpoint, pictures, capsys):
+    words = ask_about("pictures", "picture.png", "--json", prompt="caption en")
+    words += ["--model_path", str(checkpoint), "--max_tokens_to_generate", "8"]
+    said = []
+    for count in ("1", "3"):
+        assert main([*words, "--batch_size", count]) == 1
+        lines = capsys.readouterr().out.splitlines()
+        said.append(sorted(lines))
+    assert said[0] == said[1] and len(said[0]) == 4
+
+
+def test_an_interrupted_batch_keeps_what_it_said(
+    checkpoint, pictures, says, capsys, monkeypatch
+):
+    says("two")
+    steps, asked = vlm.sampling.generation_steps, []
+
+    def interrupted(*arguments):
+        asked.append(arguments)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        yield from steps(*arguments)
+
+    monkeypatch.setattr(vlm.sampling, "generation_steps", interrupted)
+    words = ask_about("pictures", "--model_path", str(checkpoint), prompt="caption en")
+    assert main(words) == 130
+    out, err = capsys.readouterr()
+    assert out == "pictures/a.png: two\n" and err == "stopped\n"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar_for_several_and_nothing_else_does(
+    checkpoint, pictures, says, capsys, monkeypatch
+):
+    says("two")
+    model = ("--model_path", str(checkpoint), "--json")
+    for words, terminal, shown in (
+        (ask_about("pictures", *model), Terminal(), True),
+        (ask_about("pictures", *model), io.StringIO(), False),
+        (ask_about("picture.png", *model), Terminal(), False),
+    ):
+        monkeypatch.setattr(sys, "stderr", terminal)
+        main(words)
+        assert ("%|" in terminal.getvalue()) is shown
+        for line in capsys.readouterr().out.splitlines():
+            json.loads(line)
+
+
+# JSON
+
+
+def records(capsys) -> list[dict]:
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_a_picture_is_a_line_of_json(checkpoint, pictures, says, capsys):
+    says(*OWL, *NO_BOX, " ;", *OWL, ends=False)
+    model = ("--model_path", str(checkpoint), "--json", "True")
+    assert main(ask_about("pictures", *model)) == 1
+    a, b, broken = records(capsys)
+    box = {"label": "owl", "score": HALF, "bbox": [100.0, 0.0, 200.0, 400.0]}
+    assert a.pop("answer") == "".join((*OWL, *NO_BOX, " ;", *OWL))
+    assert a == {
+        **dict(file="pictures/a.png", width=300, height=600, prompt="detect owl"),
+        **dict(truncated=True, objects=[box], invalid=1, repeated=1),
+    }
+    assert b["file"] == "pictures/b.JPG" and (b["width"], b["height"]) == (60, 30)
+    assert broken.keys() == {"file", "prompt", "error"}
+    assert broken["file"] == "pictures/c.png"
+
+
+def test_one_picture_in_json(checkpoint, says, capsys):
+    says("two", " owls")
+    words = ("--model_path", str(checkpoint), "--json", "--output", "out.png")
+    assert main(ask("caption en", *words)) == 0
+    (record,) = records(capsys)
+    assert record["answer"] == "two owls" and record["objects"] == []
+    assert not record["truncated"] and size("out.png") == (300, 600)
+    assert main(ask_about("letter.jpg", *words)) == 1
+    (record,) = records(capsys)
+    assert "letter.jpg" in record["error"]
+
+
+@pytest.mark.filterwarnings("ignore:__array__")  # pycocotools and NumPy 2
+def test_masks_in_json_are_run_lengths(checkpoint, masks, says, capsys):
+    says(*OWL[:4], *SEGS, OWL[4])
+    words = ("--model_path", str(checkpoint), "--mask_decoder", str(masks), "--json")
+    assert main(ask("segment owl", *words)) == 0
+    (record,) = records(capsys)
+    (thing,) = record["objects"]
+    assert thing["segmentation"]["size"] == [600, 300]
+    mask = coco_mask.decode(thing["segmentation"])
+    wanted = np.zeros((600, 300))
+    wanted[0:400, 100:300] = 1
+    assert (mask == wanted).all()
+    assert coco_mask.toBbox(thing["segmentation"]).tolist() == thing["bbox"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="such names are Linux's")
+def test_any_file_name_survives_json(checkpoint, says, capsys):
+    says("two")
+    for name in (b"two words.png", b"two\nlines.png", b"\xff.png", "é.png".encode()):
+        Image.new("RGB", (3, 3)).save(os.fsdecode(name))
+        words = ask_about(os.fsdecode(name), "--model_path", str(checkpoint), "--json")
+        assert main(words) == 0
+        (record,) = records(capsys)
+        assert os.fsencode(record["file"]) == name
+    assert main(ask_about("t*.png", "*.png", "--model_path", str(checkpoint))) == 0
+    assert r"two\nlines.png: two" in capsys.readouterr().out.splitlines()
+
+
+def test_a_closed_pipe_ends_it_quietly(checkpoint, pictures, says, capsys, monkeypatch):
+    says("two")
+    reader, writer = os.pipe()
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        os.close(reader)
+        words = ask_about("pictures", "--model_path", str(checkpoint), "--json")
+        assert main(words) == 141
+    assert "Broken" not in capsys.readouterr().err
+
+
+def test_a_closed_error_stream_puts_nothing_into_the_answer(
+    checkpoint, says, capsys, monkeypatch
+):
+    says("two")
+    monkeypatch.setattr(sys, "stderr", None)
+    assert main(ask("x", "--model_path", str(checkpoint), "--json")) == 0
+    assert len(records(capsys)) == 1
 
 
 # Options
@@ -353,7 +644,7 @@ MISTAKES = [
     ([], "--prompt is missing"),
     (["--prompt", "detect owl"], "--image_file_path is missing"),
     (["--prompt"], "argument --prompt: expected one argument"),
-    (["--prompt", "detect", "owl"], "'owl' belongs to no option: put a prompt"),
+    (["--prompt", "detect", "owl"], "'owl' belongs to no option"),
     (ask("x", "--promt", "y"), "unknown option --promt: did you mean --prompt?"),
     (ask("x", "--max_tokens=5"), "did you mean --max_tokens_to_generate?"),
     (ask("x", "--xyz"), "unknown option --xyz: --help lists all options"),
@@ -365,15 +656,33 @@ MISTAKES = [
     (ask("x", "--do_sample", "--top_p", "0"), "top_p=0.0 must be in"),
     (ask("x", "--top_k", "0"), "top_k=0 must be"),
     (ask(" "), "the prompt is empty"),
-    (ask("x", "--image_file_path", "no.png"), "no.png"),
-    (ask("x", "--image_file_path", "."), "no image file at ."),
-    (ask("x", "--image_file_path", "letter.jpg"), "letter.jpg is not a picture"),
+    (["scene.png"], "'scene.png' belongs to no option: write the option's name"),
+    (ask_about("no.png"), "no.png"),
+    (ask_about("letter.jpg"), "letter.jpg is not a picture"),
+    (ask_about("empty"), "no picture found in empty"),
+    (ask_about("picture*.jpg"), "no picture found in picture*.jpg"),
+    (ask_about("detect owl", prompt="picture.png"), "swapped"),
+    (ask_about("https://example.org/owl.png?size=3"), "download"),
+    (ask_about(""), "--image_file_path is empty"),
+    (ask("x", "--model_path", ""), "--model_path is empty"),
+    (ask("x", "--output="), "--output is empty"),
+    (ask("x", "--batch_size", "0"), "--batch_size 0 must be at least 1"),
     (ask("x", "--output", "no/out.png"), "no folder no: make it"),
     (ask("x", "--output", "out.txt"), "must be a file that ends in .png or .jpg"),
     (ask("x", "--output", "out"), "must be a file that ends in .png or .jpg"),
-    (ask("x", "--output", "picture.png"), "is the picture itself"),
+    (ask("x", "--output", "empty"), "must be a file that ends in .png or .jpg"),
+    (ask("x", "--output", "picture.png"), "would replace a picture"),
+    (ask_about("*.png", "--output", "out.png"), "out.png must be a folder"),
+    (ask_about("*.png", "--output", "letter.jpg"), "letter.jpg must be a folder"),
+    (ask_about("*.png", "--output", "no/out"), "no folder no: make it"),
+    (ask_about("*.png", "--output", "."), "would replace a picture"),
+    (
+        ask("x", "--image_file_path", "empty/../picture.png", "--output", "out"),
+        "have one name",
+    ),
     (ask("detect"), 'detect what? Name it, as in "detect owl"'),
     (ask(" segment "), "segment what?"),
+    (ask("detect ;"), "detect what?"),
     (ask("segment owl", "--mask_decoder", "no.npz"), "no.npz"),
     (ask("segment owl", "--mask_decoder", "letter.jpg"), "letter.jpg"),
     (ask("segment owl", "--mask_decoder", "empty"), "in empty"),
@@ -408,7 +717,7 @@ def test_the_picture_is_never_overwritten(capsys):
 
 def test_a_model_that_is_not_there(tmp_path, capsys):
     for path in ("no/such/folder", "empty", "letter.jpg"):
-        check_mistake(ask("x", "--model_path", path), path, capsys)
+        check_mistake(ask("caption en", "--model_path", path), path, capsys)
 
 
 def test_a_damaged_checkpoint(checkpoint, tmp_path, capsys):
@@ -418,7 +727,7 @@ def test_a_damaged_checkpoint(checkpoint, tmp_path, capsys):
         part = 9999 if file.suffix == ".safetensors" else None
         (damaged / file.name).write_bytes(file.read_bytes()[:part])
     advice = "model.safetensors"
-    check_mistake(ask("x", "--model_path", str(damaged)), advice, capsys)
+    check_mistake(ask("caption en", "--model_path", str(damaged)), advice, capsys)
 
 
 def test_a_prompt_longer_than_the_positions(checkpoint, capsys):
@@ -426,12 +735,12 @@ def test_a_prompt_longer_than_the_positions(checkpoint, capsys):
     words = ask(prompt, "--model_path", str(checkpoint))
     check_mistake(words, "shorten the prompt", capsys)
     # The prompt alone would fit, the answer not: known before its first word.
-    words = ask("x", "--model_path", str(checkpoint), "--max_tokens_to_generate", "260")
-    check_mistake(words, "generate fewer tokens", capsys)
+    words = ("--model_path", str(checkpoint), "--max_tokens_to_generate", "260")
+    check_mistake(ask("caption en", *words), "generate fewer tokens", capsys)
 
 
 def test_an_image_token_in_the_prompt(checkpoint, capsys):
-    words = ask("<image> caption en", "--model_path", str(checkpoint))
+    words = ask("caption en <image>", "--model_path", str(checkpoint))
     check_mistake(words, "<image>", capsys)
 
 
@@ -453,10 +762,10 @@ def test_no_memory_is_a_line_and_a_fault_of_ours_a_traceback(capsys, monkeypatch
         monkeypatch.setattr(vlm.weights, "load_hf_model", load)
 
     fails("CUDA out of memory. Tried to allocate 3 GiB")
-    check_mistake(ask("x"), "try --dtype 16-bit, or --only_cpu True", capsys)
+    check_mistake(ask("caption en"), "try --dtype 16-bit, --only_cpu True", capsys)
     fails("shapes disagree")
     with pytest.raises(RuntimeError, match="shapes disagree"):
-        main(ask("x"))
+        main(ask("caption en"))
 
 
 def test_the_process_ends_with_status_2():
@@ -492,10 +801,14 @@ def test_a_tilde_is_the_home_of_picture_and_drawing(
     for name in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(name, str(tmp_path))
     Image.new("RGB", (20, 10)).save(tmp_path / "picture.png")
-    words = ["--prompt", "detect owl", "--image_file_path", "~/picture.png"]
-    words += ["--model_path", str(checkpoint), "--output"]
+    words = ask_about("~/picture.png", "--model_path", str(checkpoint), "--output")
     for _ in range(2):  # the second time there is a drawing, to be replaced
         assert main([*words, "~/drawn.png"]) == 0
         assert size(tmp_path / "drawn.png") == (20, 10)
     capsys.readouterr()
-    check_mistake([*words, "~/picture.png"], "is the picture itself", capsys)
+    check_mistake([*words, "~/picture.png"], "would replace a picture", capsys)
+
+
+def test_a_long_error_is_a_short_line():
+    line = advice(ValueError("too\nlong " * 999))
+    assert len(line) <= 500 and line.endswith("…") and "\n" not in line

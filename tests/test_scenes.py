@@ -1,5 +1,6 @@
 """The made world: a seed is a scene, its truth recomputed, its ids laid out right."""
 
+import hashlib
 import math
 import random
 import re
@@ -11,13 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from vlm import scenes as scenes_module
 from vlm.processing import box_to_locs, locs_to_box
 from vlm.scenes import (
-    HELD_OUT_SEEDS,
-    HELD_OUT_STYLE,
+    ALL_STYLES,
+    EMPTY_CAPTION,
+    PHOTOS,
     SIDES,
     STYLES,
+    TEST_SEEDS,
+    TEST_STYLE,
+    TRAINING_PHOTO_PART,
+    TRAINING_SEEDS,
     TRAINING_STYLES,
+    UNSEEN_PHOTOS,
+    VALIDATION_SEEDS,
+    VALIDATION_STYLE,
     Look,
     Placement,
     Scene,
@@ -37,16 +47,18 @@ from vlm.scenes import (
     neighbor,
     object_strings,
     parse_caption,
+    photo_crops,
     plan_scene,
     presence_question,
     relation_questions,
     sample_question,
     segment_question,
+    style_kinds,
     train_tokenizer,
     world_sentences,
 )
 
-SEEDS = [*range(250), *HELD_OUT_SEEDS[:50]]
+SEEDS = [*range(250), *VALIDATION_SEEDS[:50]]
 TASKS = ("caption", "detect", "count", "relation", "presence")
 
 
@@ -80,8 +92,8 @@ def test_kinds_and_stickers():
     kinds = all_kinds()
     assert len(kinds) == 100 and list(kinds) == sorted(kinds)
     assert len({kind.plural for kind in kinds.values()}) == 100
-    for name in kinds:
-        for style in (*TRAINING_STYLES, HELD_OUT_STYLE):
+    for style in ALL_STYLES:
+        for name in style_kinds(style):
             sticker = load_sticker(name, style)
             assert sticker.mode == "RGBA"
             assert sticker.getchannel("A").getbbox() == (0, 0, *sticker.size)
@@ -101,9 +113,26 @@ def test_article(name, expected):
     assert all_kinds()[name].with_article == expected
 
 
-def test_held_out_style_is_not_trained_on():
-    assert HELD_OUT_STYLE not in TRAINING_STYLES and set(STYLES) < set(TRAINING_STYLES)
-    assert HELD_OUT_SEEDS.start >= 10**9 and len(HELD_OUT_SEEDS) == 500
+def test_all_styles_draw_all_kinds_but_for_the_test_style():
+    for style in (*TRAINING_STYLES, VALIDATION_STYLE):
+        assert style_kinds(style) == tuple(all_kinds())
+    kinds = style_kinds(TEST_STYLE)
+    assert len(kinds) == 74 and list(kinds) == sorted(kinds)
+    assert style_kinds(*ALL_STYLES) == kinds
+    with pytest.raises(ValueError, match="no drawing"):
+        load_sticker("owl", TEST_STYLE)
+
+
+def test_splits_never_meet():
+    assert len({*TRAINING_STYLES, VALIDATION_STYLE, TEST_STYLE}) == len(ALL_STYLES) == 5
+    assert set(STYLES) < set(TRAINING_STYLES)
+    assert len(VALIDATION_SEEDS) == len(TEST_SEEDS) == 500
+    seeds = {*VALIDATION_SEEDS, *TEST_SEEDS}
+    assert len(seeds) == 1000 and not any(seed in TRAINING_SEEDS for seed in seeds)
+    assert TRAINING_SEEDS[0] == 0 and TRAINING_SEEDS[-1] == 10**9 - 1
+    # Numbers reported earlier came from these; decisions, from 2 * 10**9 on as well.
+    assert VALIDATION_SEEDS == range(10**9, 10**9 + 500)
+    assert not any(10**9 <= seed < 2 * 10**9 + 500 for seed in TEST_SEEDS)
 
 
 # Plans
@@ -117,6 +146,55 @@ def test_same_seed_same_scene(scenes):
         assert np.array_equal(again.owner, scene.owner)
         assert [t.box for t in again.objects] == [t.box for t in scene.objects]
     assert len({plan_scene(seed) for seed in SEEDS}) == len(SEEDS)
+
+
+def fingerprint(plans) -> str:
+    """A hash of all that plans say, to six decimals."""
+    rows = []
+    for plan in plans:
+        rows.append(plan.background_seed)
+        for p in plan.placements:
+            numbers = (p.x, p.y, p.size, p.angle, p.look.stretch, p.look.hue)
+            rows.append((p.kind, p.style, p.flip, *(round(n, 6) for n in numbers)))
+    return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("styles", "vary", "expected"),
+    [
+        (STYLES, 0.0, "ba00f1ef9d0815b0"),
+        (TRAINING_STYLES, 0.5, "c045eeed822d2f51"),
+        ((VALIDATION_STYLE,), 0.0, "c22220459b3b5eb7"),
+    ],
+)
+def test_plans_stay_what_they_were(styles, vary, expected):
+    """Pictures in the book and numbers reported hang on them."""
+    seeds = (*range(40), *VALIDATION_SEEDS[:40])
+    assert fingerprint(plan_scene(s, styles, vary=vary) for s in seeds) == expected
+
+
+@pytest.mark.parametrize(
+    ("seed", "color", "pixels"),
+    [
+        (3, (155.0, 149.4, 150.8), 2075),
+        (1213, (142.7, 133.5, 131.1), 2546),
+        (VALIDATION_SEEDS[0], (106.8, 92.2, 68.2), 1678),
+        (VALIDATION_SEEDS[417], (152.6, 209.7, 140.5), 2623),
+    ],
+)
+def test_pictures_stay_what_they_were(seed, color, pixels):
+    scene = make_scene(seed)
+    assert np.asarray(scene.image).mean((0, 1)) == pytest.approx(color, abs=0.5)
+    assert (scene.owner >= 0).sum() == pytest.approx(pixels, abs=10)
+
+
+def test_scenes_in_the_test_style_show_what_it_draws():
+    kinds = {
+        place.kind
+        for seed in range(200)
+        for place in plan_scene(seed, (TEST_STYLE,)).placements
+    }
+    assert kinds == set(style_kinds(TEST_STYLE))
 
 
 def test_global_generators_play_no_part():
@@ -217,6 +295,17 @@ def test_a_plan_is_never_empty():
     assert [(p.x, p.y, p.size) for p in plan.placements] == [(0.5, 0.5, 1.0)]
 
 
+def test_some_scenes_show_nothing_and_the_others_stay():
+    empty = 0
+    for seed in range(500):
+        plan, default = plan_scene(seed, empty_prob=0.1), plan_scene(seed)
+        assert plan.background_seed == default.background_seed
+        assert plan.placements in ((), default.placements)
+        empty += not plan.placements
+    assert 30 < empty < 70
+    assert not plan_scene(0, empty_prob=1.0).placements
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -247,6 +336,8 @@ def test_unknown_assets():
     [
         (dict(styles="noto"), r"write \('noto',\)"),
         (dict(vary=2.0), "vary=2.0 must be a share"),
+        (dict(empty_prob=1.1), "empty_prob=1.1 must be a share"),
+        (dict(photo_part=-0.1), "photo_part=-0.1 must be a share"),
         (dict(image_size=8), "image_size=8 is too small to draw"),
     ],
 )
@@ -341,6 +432,49 @@ def test_backgrounds_differ():
     assert draw_background(7, 48).tobytes() == draw_background(7, 48).tobytes()
 
 
+RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+
+
+@pytest.fixture
+def striped_photos(monkeypatch):
+    """Photographs with a red left part; to its right, green above and blue below."""
+    photo = Image.new("RGB", (300, 200), RED)
+    border = round(300 * TRAINING_PHOTO_PART)
+    photo.paste(GREEN, (border, 0, 300, 100))
+    photo.paste(BLUE, (border, 100, 300, 200))
+    monkeypatch.setattr(scenes_module, "load_photo", lambda name: photo)
+    scenes_module._photo_part.cache_clear()
+    yield
+    scenes_module._photo_part.cache_clear()
+
+
+def colors(images) -> set:
+    return {color for image in images for _, color in image.getcolors(2**16)}
+
+
+def test_training_never_sees_the_right_part_of_photographs(striped_photos, monkeypatch):
+    monkeypatch.setattr(scenes_module, "_random_color", lambda rng: (0, 0, 0))
+    part = {"empty_prob": 1.0, "photo_part": TRAINING_PHOTO_PART}
+    seen = colors(make_scene(seed, 64, **part).image for seed in range(100))
+    assert seen == {RED, (0, 0, 0)}
+    whole = colors(make_scene(seed, 64, empty_prob=1.0).image for seed in range(100))
+    assert {RED, GREEN, BLUE} < whole
+    assert colors(photo_crops("validation", 20, 64)) == {GREEN}
+    assert colors(photo_crops("test", 20, 64)) == {BLUE}
+
+
+def test_photo_crops():
+    crops = photo_crops("validation", 14, 32)
+    assert len({crop.tobytes() for crop in crops}) == 14
+    assert {crop.size for crop in crops} == {(32, 32)}
+    again = photo_crops("validation", 14, 32)
+    assert [c.tobytes() for c in again] == [c.tobytes() for c in crops]
+    assert photo_crops("validation", 1, 32, seed=1)[0].tobytes() != crops[0].tobytes()
+    with pytest.raises(ValueError, match="split"):
+        photo_crops("training", 1)
+    assert not set(UNSEEN_PHOTOS) & set(PHOTOS)
+
+
 # Words
 
 
@@ -360,8 +494,29 @@ def test_caption_wording():
     assert caption(made_up(("unicorn", 10, 50))) == "a unicorn"
     assert parse_caption("two owls, three zebras and some apple") == {"owl": 2}
     assert parse_caption("") == {}
-    with pytest.raises(ValueError, match="no caption"):
-        caption(made_up())
+
+
+def test_nothing_to_be_seen(scenes):
+    """Every question about an empty scene has its answer, and parses to nothing."""
+    for scene in (made_up(), *(make_scene(s, 32, empty_prob=1.0) for s in range(5))):
+        assert not scene.objects and not scene.counts and (scene.owner == -1).all()
+        assert caption(scene) == EMPTY_CAPTION and parse_caption(EMPTY_CAPTION) == {}
+        rng = random.Random(0)
+        answers = {
+            task: {sample_question(scene, task, rng, stripes).answer for _ in range(9)}
+            for task in (*TASKS, "segment")
+        }
+        assert answers == {
+            "caption": {EMPTY_CAPTION},
+            "detect": {""},
+            "segment": {""},
+            "count": {"0"},
+            "relation": {"no"},
+            "presence": {"no"},
+        }
+        assert sample_question(scene, "relation", rng).task == "presence"
+        prompts = {sample_question(scene, "detect", rng).prompt for _ in range(30)}
+        assert all(p.removeprefix("detect ") in all_kinds() for p in prompts)
 
 
 def test_detect_answers_decode_to_the_boxes(scenes):
@@ -583,6 +738,7 @@ def test_answers_cost_few_tokens(tokenizer):
     tokens = tokenizer.encode("<loc0001><loc0002><loc0003><loc0004> hot dog ; ").tokens
     assert tokens[4:] == ["▁hot", "▁dog", "▁;", "▁"]
     assert tokenizer.encode("caption en\n").tokens == ["caption", "▁en", "\n"]
+    assert tokenizer.encode(EMPTY_CAPTION).tokens == ["nothing", "▁I", "▁know"]
 
 
 def test_world_round_trip(tokenizer, scenes):

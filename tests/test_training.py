@@ -259,29 +259,32 @@ def test_questions_dont_touch_each_other(world_tokenizer, processor):
 
 
 def test_first_question_is_what_it_is_alone(world_tokenizer, processor):
+    """Its logits are, and those of the image; with a mask that leaks they aren't."""
     model = small_model(world_tokenizer).eval()
     dataset = SceneDataset(processor, 16, replace(CONFIG, patch_steps=0))
+
+    def image_sees_all_prompts(question_ids, token_type_ids):
+        prompts = ((question_ids >= 0) & (token_type_ids == 0))[:, None, None]
+        image = (question_ids == 0)[:, None, :, None]
+        return packed_mask(question_ids, token_type_ids) | (image & prompts)
+
     for item in (dataset[0], dataset[1]):
         batch = collate([item])
-        first_answer = (batch["question_ids"] == 1) & (batch["token_type_ids"] == 1)
+        first = item["question_ids"] <= 1
+        row = {n: item[n][first][None] for n in ("input_ids", "token_type_ids")}
         with torch.no_grad():
-            packed = model(
-                batch["input_ids"],
-                batch["pixel_values"],
-                packed_mask(batch["question_ids"], batch["token_type_ids"]),
-                position_ids=batch["position_ids"],
-                token_type_ids=batch["token_type_ids"],
-                labels=batch["input_ids"].masked_fill(~first_answer, -100),
-            )["loss"]
-            keep = item["question_ids"] <= 1
-            ids, types = item["input_ids"][keep][None], item["token_type_ids"][keep]
-            alone = model(
-                ids,
-                batch["pixel_values"],
-                token_type_ids=types[None],
-                labels=ids.masked_fill(types[None] == 0, -100),
-            )["loss"]
+            alone = model(**row, pixel_values=batch["pixel_values"])["logits"]
+            packed, leaky = (
+                model(
+                    batch["input_ids"],
+                    batch["pixel_values"],
+                    mask(batch["question_ids"], batch["token_type_ids"]),
+                    position_ids=batch["position_ids"],
+                )["logits"][:, first]
+                for mask in (packed_mask, image_sees_all_prompts)
+            )
         torch.testing.assert_close(packed, alone, atol=1e-5, rtol=0)
+        assert (leaky - alone).abs().max() > 1e-2
 
 
 def test_items_depend_on_seed_and_index_alone(processor):

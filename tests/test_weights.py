@@ -679,7 +679,9 @@ def test_a_broken_tokenizer_is_named(copy):
 # --- Where it comes from ------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["no/such/folder", "../nowhere", "nowhere", "a b/c"])
+@pytest.mark.parametrize(
+    "path", ["no/such/folder", "../nowhere", "nowhere", "a b/c", "https://a.org/b/c"]
+)
 def test_no_folder(path):
     with pytest.raises(FileNotFoundError, match=f"no folder {path}: give a checkpoint"):
         find_checkpoint(path)
@@ -1464,6 +1466,13 @@ def test_an_adapter_that_does_not_fit_is_refused(adapter, how):
         load_hf_model(adapter, "cpu")
     said = str(raised.value)
     assert str(adapter) in said and len(said) < 330 and "\n" not in said, said
+
+
+def test_an_adapter_beside_a_config_is_an_adapter(adapter, copy):
+    expected, _ = load_hf_model(adapter, "cpu")
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        shutil.copy(copy / name, adapter)
+    assert_same_weights(load_hf_model(adapter, "cpu")[0], expected)
 
 
 def test_an_adapter_is_read_from_safetensors_alone(adapter):

@@ -7,7 +7,9 @@ import argparse
 import base64
 import difflib
 import functools
+import glob
 import io
+import json
 import os
 import random
 import re
@@ -16,6 +18,7 @@ import threading
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ABOUT",
     "TASKS",
+    "LANGUAGES",
     "TOO_LARGE",
     "OUT_OF_MEMORY",
     "PREVIEW",
@@ -42,19 +46,23 @@ __all__ = [
     "OneLineParser",
     "build_parser",
     "parse_options",
-    "check_output",
+    "find_images",
+    "drawing_paths",
     "check_prompt",
+    "prompt_remarks",
     "check_decoder",
-    "check_request",
     "make_settings",
     "answer_steps",
     "read_answer",
     "draw_found",
+    "readable",
     "note",
-    "remarks",
+    "answer_remarks",
     "format_table",
-    "show_answer",
+    "to_coco",
+    "show_answers",
     "test_inference",
+    "load_parts",
     "run",
     "advice",
     "main",
@@ -73,8 +81,8 @@ __all__ = [
 ]
 
 ABOUT = """
-Ask a vision-language model about a picture. The answer appears as it is made; boxes
-and masks are listed in pixels of the picture and drawn into --output.
+Ask a vision-language model about a picture, or about many. The answer appears as it is
+made; boxes and masks are listed in pixels of the picture and drawn into --output.
 
 Without --model_path the embedded model answers. It knows about a hundred kinds of
 sticker and nothing else of the world: shown a photograph, it sees stickers in it. It
@@ -87,12 +95,19 @@ google/paligemma-3b-mix-224@bfloat16, where @ names a branch, tag or commit. To 
 with it, give --mask_decoder the file that belongs to it: for Google's that is
 vae-oid.npz.
 
+With --json each picture gives one line: an object with file, width, height, prompt,
+answer, truncated, objects (in COCO's form: label, score, bbox, segmentation), invalid
+and repeated; or, for a file that can't be read, with file, prompt and error. The exit
+status is 1 then, 2 where nothing could be asked.
+
 Examples, each on one line:
   python -m vlm.inference --prompt "caption en" --image_file_path scene.png
   python -m vlm.inference --prompt "segment owl" --image_file_path scene.png
       --output owl.png
   python -m vlm.inference --prompt "segment cat" --image_file_path cat.jpg
       --model_path google/paligemma-3b-mix-224 --mask_decoder vae-oid.npz
+  python -m vlm.inference --prompt "detect owl" --image_file_path folder "more/*.jpg"
+      --output drawings --json > found.jsonl
 """
 
 
@@ -119,8 +134,8 @@ class OneLineParser(argparse.ArgumentParser):
         word = unknown[0].partition("=")[0]
         if not word.startswith("-"):
             raise ValueError(
-                f"{word!r} belongs to no option: put a prompt or path that has spaces "
-                "in quotes"
+                f"{word!r} belongs to no option: write the option's name before it, "
+                "and put a prompt or path that has spaces in quotes"
             )
         flags = [f"--{name}" for name in vars(options)]
         near = difflib.get_close_matches(word, flags, n=1)
@@ -140,11 +155,15 @@ def build_parser() -> OneLineParser:
     add = parser.add_argument
     switch = dict(nargs="?", const=True, default=False, type=read_switch)
     add("--prompt", help='what to ask, in quotes: "detect owl"')
-    add("--image_file_path", metavar="PICTURE", help="the picture to ask about")
-    add("--output", metavar="FILE", help="where to draw what was found: .png or .jpg")
-    add("--model_path", metavar="P", help="folder or hub id; default: embedded model")
+    pictures = "what to ask about: files, folders, patterns in quotes"
+    more = dict(nargs="+", action="extend", metavar="PICTURE")
+    add("--image_file_path", **more, help=pictures)
+    drawing = "where to draw what was found: .png or .jpg; a folder for several"
+    add("--output", metavar="FILE", help=drawing)
+    add("--json", metavar="BOOL", **switch, help="a JSON object a picture and line")
+    add("--model_path", metavar="PATH", help="folder or hub id; default: embedded")
     decoder = "an .npz or a folder; default: the file beside the model"
-    add("--mask_decoder", metavar="P", help=decoder)
+    add("--mask_decoder", metavar="PATH", help=decoder)
     add(
         "--max_tokens_to_generate",
         metavar="N",
@@ -153,10 +172,12 @@ def build_parser() -> OneLineParser:
         help="default: 100",
     )
     add("--do_sample", metavar="BOOL", **switch, help="draw tokens by chance")
-    add("--temperature", metavar="T", type=float, help="of sampling; default: 0.8")
-    add("--top_p", metavar="P", type=float, help="of sampling; default: 0.9, 1: all")
-    add("--top_k", metavar="K", type=int, help="of sampling; default: all")
+    add("--temperature", metavar="X", type=float, help="of sampling; default: 0.8")
+    add("--top_p", metavar="X", type=float, help="of sampling; default: 0.9, 1: all")
+    add("--top_k", metavar="N", type=int, help="of sampling; default: all")
     add("--seed", metavar="N", type=int, help="draw the same tokens again")
+    together = "pictures to ask about at once; default: 1"
+    add("--batch_size", metavar="N", type=int, default=1, help=together)
     add("--dtype", default="auto", help="of the weights: 16-bit, float32 …")
     add("--only_cpu", metavar="BOOL", **switch, help="leave a GPU alone")
     return parser
@@ -169,39 +190,103 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
         raise ValueError('--prompt is missing: say what to ask, as in "detect owl"')
     if options.image_file_path is None:
         raise ValueError("--image_file_path is missing: say which picture to look at")
+    for name, value in vars(options).items():
+        if "" in (value if isinstance(value, list) else [value]) and name != "prompt":
+            raise ValueError(f"--{name} is empty")
+    if options.batch_size < 1:
+        raise ValueError(f"--batch_size {options.batch_size} must be at least 1")
     return options
 
 
-def check_output(output: Path, picture_path: Path) -> None:
-    """Raise ValueError or FileNotFoundError where a drawing can't be saved there."""
+def find_images(words: Sequence[str]) -> list[str]:
+    """The files that some words name, each once.
+
+    A folder stands for the files in it with a picture's extension; a pattern, with *, ?
+    or [, for the files that match; both sorted. Any other word is taken for a file.
+    Raises FileNotFoundError where there is none.
+    """
     from PIL import Image
 
-    if not output.parent.is_dir():
-        raise FileNotFoundError(
-            f"no folder {output.parent}: make it, or change --output"
-        )
-    kind = Image.registered_extensions().get(output.suffix.lower())
-    try:
-        if output.is_dir():
-            raise ValueError("a folder")
-        Image.new("RGB", (1, 1)).save(io.BytesIO(), kind or "none")
-    except (OSError, ValueError, KeyError):  # each format has its own way to refuse
-        raise ValueError(
-            f"--output {output} must be a file that ends in .png or .jpg"
-        ) from None
-    if not os.access(output.parent, os.W_OK):
+    kinds, files = Image.registered_extensions(), []
+
+    def is_image(name: str) -> bool:  # Pillow can read it, and it's no other data
+        kind = None if name.startswith(".") else kinds.get(Path(name).suffix.lower())
+        return kind in Image.OPEN and Image.MIME.get(kind, "").startswith("image/")
+
+    for word in words:
+        path = os.path.expanduser(word)
+        if os.path.isdir(path):
+            found = [os.path.join(path, n) for n in os.listdir(path) if is_image(n)]
+        elif set("*?[") & set(path) and "://" not in path and not os.path.exists(path):
+            found = glob.glob(path, recursive=True)
+        else:
+            files.append(path)
+            continue
+        found = sorted(filter(os.path.isfile, found))
+        if not found:
+            raise FileNotFoundError(f"no picture found in {word}")
+        files += found
+    return list(dict.fromkeys(files))
+
+
+def drawing_paths(
+    output: str | Path, image_files: Sequence[str | Path], single: bool = True
+) -> list[Path]:
+    """Where the drawing of each picture goes: `output`, or for several a file in it.
+
+    That folder is made where there is none; a drawing in it is called as its picture,
+    with .png added to what isn't a PNG or JPEG. Raises ValueError and FileNotFoundError
+    where a drawing can't be saved, or would replace a picture or another drawing.
+    """
+    from PIL import Image
+
+    output = Path(os.path.expanduser(output))
+    folder, paths, theirs = output.parent, [output], image_files
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}: make it, or change --output")
+    usual, kind = (".png", ".jpg", ".jpeg"), output.suffix.lower()
+    if single:
+        try:
+            if output.is_dir():
+                raise ValueError("a folder")
+            kind = Image.registered_extensions().get(kind, "none")
+            Image.new("RGB", (1, 1)).save(io.BytesIO(), kind)
+        except (OSError, ValueError, KeyError):  # each format has its own way to refuse
+            raise ValueError(
+                f"--output {output} must be a file that ends in .png or .jpg"
+            ) from None
+    else:
+        if kind in usual or output.is_file():
+            raise ValueError(f"--output {output} must be a folder, for many drawings")
+        output.mkdir(exist_ok=True)
+        folder, theirs = output, {os.path.dirname(f) or "." for f in image_files}
+        paths = [output / Path(file).name for file in image_files]
+        paths = [p if p.suffix.lower() in usual else Path(f"{p}.png") for p in paths]
+        if len(set(paths)) < len(paths):
+            raise ValueError(
+                f"--output {output}: some pictures have one name, split them"
+            )
+    if not os.access(folder, os.W_OK):
         raise ValueError(f"--output {output}: that folder can't be written to")
-    if output.exists() and output.samefile(picture_path):
-        raise ValueError(f"--output {output} is the picture itself: give another name")
+    if output.exists() and any(map(output.samefile, filter(os.path.exists, theirs))):
+        raise ValueError(
+            f"--output {output} would replace a picture: give another name"
+        )
+    return paths
 
 
 # First words of the prompts that PaliGemma is trained on; the last four `pt` ones only.
 TASKS = ("caption", "answer", "detect", "segment", "cap", "describe", "ocr", "question")
+# Second words of `caption` and `answer`: the languages of Crossmodal-3600.
+LANGUAGES = """ar bn cs da de el en es fa fi fil fr he hi hr hu id it iw ja ko mi nl no
+pl pt quz ro ru sv sw te th tr uk vi zh""".split()
 
 
 def check_prompt(prompt: str) -> str:
     """The prompt's first word, its task; ValueError for a prompt that asks nothing."""
-    task, *things = prompt.split() or [""]
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be a string, not {type(prompt).__name__}")
+    task, *things = prompt.replace(";", " ").split() or [""]
     if not task:
         raise ValueError('the prompt is empty: say what to ask, as in "caption en"')
     if task in ("detect", "segment") and not things:
@@ -209,29 +294,33 @@ def check_prompt(prompt: str) -> str:
     return task
 
 
+def prompt_remarks(prompt: str) -> list[str]:
+    """What to know about a prompt that a PaliGemma may not take as it was meant."""
+    task, *words = prompt.split()
+    rest, meant = " ".join(words), task.rstrip(":").lower()
+    names = [name for name in re.split(r"\s*(?:[,;]|\band\b)\s*", rest) if name]
+    advice = ""
+    if task in ("detect", "segment") and len(names) > rest.count(";") + 1:
+        several = f'"{task} {" ; ".join(names)}"'
+        advice = f'only ";" separates names: for several things write {several}'
+    elif task == "caption" and not set(words[:1]) & set(LANGUAGES):
+        advice = 'a language comes after caption: "caption en"'
+    elif task == "answer" and not set(words[:1]) & set(LANGUAGES):
+        advice = f'a language comes after answer: "answer en {rest or "is it red?"}"'
+    elif task not in TASKS:
+        advice = 'try "caption en", "detect owl" or "answer en is there an owl?"'
+        advice = f'write "{meant} {rest}"' if meant in TASKS else advice
+        advice = f"{task!r} begins no prompt that a PaliGemma is trained on: {advice}"
+    return [advice] if advice else []
+
+
 def check_decoder(prompt: str, decoder: "MaskDecoder | None") -> None:
     """Raise ValueError for `segment …` where there is no mask decoder."""
-    if check_prompt(prompt) == "segment" and decoder is None:
+    if check_prompt(prompt) == "segment" and not callable(decoder):
         raise ValueError(
-            "segment needs the mask decoder that belongs to the model, and none was "
-            "given: load_mask_decoder reads it, or says which file that is"
+            "segment needs the mask decoder that belongs to the model: give what "
+            "load_mask_decoder returns"
         )
-
-
-def check_request(
-    prompt: str, image_file_path: str | Path, output: str | Path | None = None
-) -> "Image.Image":
-    """Everything about a request that needs no model; returns the picture.
-
-    Raises FileNotFoundError and ValueError that say what to do.
-    """
-    from .processing import load_image
-
-    check_prompt(prompt)
-    picture = load_image(image_file_path)
-    if output is not None:
-        check_output(Path(output), Path(image_file_path).expanduser())
-    return picture
 
 
 def make_settings(
@@ -245,6 +334,8 @@ def make_settings(
     """The settings of generation, checked; messages use the command line's names."""
     from .sampling import GenerationSettings
 
+    if not isinstance(do_sample, bool):
+        raise TypeError(f"do_sample must be True or False, not {do_sample!r}")
     try:
         return GenerationSettings(
             max_new_tokens=max_tokens_to_generate,
@@ -264,19 +355,18 @@ def answer_steps(
     model: "PaliGemmaForConditionalGeneration",
     processor: "PaliGemmaProcessor",
     prompt: str,
-    picture: "Image.Image",
+    images: "Sequence[Image.Image]",
     settings: "GenerationSettings",
-) -> Iterator["Generation"]:
-    """Ask, and yield the answer after each token: one Generation that grows.
+) -> Iterator[list["Generation"]]:
+    """Ask, and yield the answers, one a picture, after each token: they grow.
 
-    Raises ValueError, before the first token, where the answer may not fit.
+    Raises ValueError, before the first token, where an answer may not fit.
     """
     from .sampling import check_inputs, generation_steps
 
-    inputs = processor(text=[prompt.strip()], images=[picture])
+    inputs = processor(text=[prompt] * len(images), images=images)
     check_inputs(model, inputs, settings)
-    for (answer,) in generation_steps(model, processor.tokenizer, inputs, settings):
-        yield answer
+    yield from generation_steps(model, processor.tokenizer, inputs, settings)
 
 
 def read_answer(
@@ -307,23 +397,25 @@ def draw_found(picture: "Image.Image", found: "ParsedObjects | None") -> "Image.
     return (draw_segmentations if masks else draw_detections)(picture, found or ())
 
 
+def readable(text: str) -> str:
+    """The text, with what no terminal should get, as a newline, as its number."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def note(message: str) -> None:
     """A line about the answer, on the error stream: the answer itself stays pure."""
-    print(message, file=sys.stderr)
+    from tqdm import tqdm
+
+    if sys.stderr is not None:  # it may be closed
+        with tqdm.external_write_mode(sys.stderr):  # above the bar, if there is one
+            print(readable(message), file=sys.stderr)
 
 
-def remarks(prompt: str, answer: "Generation", eos_token_id: int) -> list[str]:
-    """What to know about an answer: it was cut, or the prompt is of no known task."""
-    lines = []
-    if answer.token_ids[-1] != eos_token_id:
-        count = len(answer.token_ids)
-        lines.append(f"cut after {count} tokens: a higher limit allows more")
-    if (task := check_prompt(prompt)) not in TASKS:
-        lines.append(
-            f"{task!r} begins no prompt that a PaliGemma is trained on: "
-            f"try {', '.join(TASKS[:3])} or {TASKS[3]}"
-        )
-    return lines
+def answer_remarks(answer: "Generation", eos_token_id: int) -> list[str]:
+    """What to know about an answer: whether it was cut."""
+    if answer.token_ids[-1] == eos_token_id:
+        return []
+    return [f"cut after {len(answer.token_ids)} tokens: a higher limit allows more"]
 
 
 def format_table(found: "ParsedObjects") -> str:
@@ -346,34 +438,76 @@ def format_table(found: "ParsedObjects") -> str:
         lines = ["nothing found"]
     if found.invalid:
         lines.append(f"{found.invalid} left out: no valid box or mask")
+    if found.repeated:
+        lines.append(f"{found.repeated} left out: written before, token by token")
     return "\n".join(lines)
 
 
-def show_answer(
+def to_coco(found: "ParsedObjects") -> list[dict[str, Any]]:
+    """What was found, in COCO's form: label, score, bbox, and segmentation of masks.
+
+    bbox is [x, y, width, height] in pixels of the picture, segmentation run lengths as
+    pycocotools writes them, {"size": [height, width], "counts": "…"}.
+    """
+    import numpy as np
+    from pycocotools import mask as coco_mask
+
+    objects = []
+    for thing in found:
+        x0, y0, x1, y1 = thing.box
+        bbox = [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)]
+        one = {"label": thing.label, "score": round(thing.score, 4), "bbox": bbox}
+        if hasattr(thing, "mask"):
+            runs = coco_mask.encode(np.asfortranarray(thing.mask, dtype=np.uint8))
+            one["segmentation"] = runs | {"counts": runs["counts"].decode()}
+        objects.append(one)
+    return objects
+
+
+def show_answers(
     model: "PaliGemmaForConditionalGeneration",
     processor: "PaliGemmaProcessor",
     prompt: str,
-    picture: "Image.Image",
+    images: "Sequence[Image.Image]",
     settings: "GenerationSettings",
     decoder: "MaskDecoder | None" = None,
-    output: str | Path | None = None,
-) -> str:
-    """Print the answer as it is made, then its table; draw into `output`.
+    outputs: Sequence[Path] = (),
+    files: Sequence[str] = (),
+    as_json: bool = False,
+) -> list[str]:
+    """Print the answer about each picture and what it found; draw into `outputs`.
 
-    Everything has been checked but the prompt's length. Returns the text.
+    Without `files`, the pictures' names, it is one picture, whose answer appears as it
+    is made. `as_json`: an object a picture and line. Returns the texts.
     """
-    for answer in answer_steps(model, processor, prompt, picture, settings):
-        print(answer.pieces[-1], end="", flush=True)
-    print()
-    for line in remarks(prompt, answer, processor.tokenizer.eos_token_id):
-        note(line)
-    found = read_answer(prompt, answer, picture.size, decoder)
-    if found is not None:
-        print(format_table(found))
-    if output is not None:
-        draw_found(picture, found).save(output)
-        note(f"wrote {output}{'' if found else ', without a box'}")
-    return answer.text
+    from tqdm import tqdm
+
+    for answers in answer_steps(model, processor, prompt, images, settings):
+        if not files:
+            print(answers[0].pieces[-1], end="", flush=True)
+    end = processor.tokenizer.eos_token_id
+    for answer, image, output, file in zip_longest(answers, images, outputs, files):
+        found = read_answer(prompt, answer, image.size, decoder)
+        remarks = answer_remarks(answer, end)
+        with tqdm.external_write_mode():  # above the bar, if there is one
+            if as_json:
+                record = {"file": file, "width": image.width, "height": image.height}
+                record |= {"prompt": prompt, "answer": answer.text}
+                record |= {"truncated": bool(remarks), "objects": to_coco(found or ())}
+                for name in ("invalid", "repeated"):
+                    record[name] = getattr(found, name, 0)
+                print(json.dumps(record), flush=True)
+            else:
+                print(f"{readable(file)}: {answer.text}" if file else "")
+                if found is not None:
+                    print(format_table(found), flush=True)
+        for line in remarks:
+            note(f"{file}: {line}" if file else line)
+        if output is not None:
+            draw_found(image, found).save(output)
+            if not files:
+                note(f"wrote {output}{'' if found else ', without a box'}")
+    return [answer.text for answer in answers]
 
 
 def test_inference(
@@ -396,22 +530,52 @@ def test_inference(
     Boxes and masks, where the answer has or should have some, are printed as a table in
     pixels of the picture. `output`: where to save the picture with both drawn on it.
     `decoder`: the model's mask decoder, which `segment …` needs.
-    Raises FileNotFoundError and ValueError that say what to do.
+    Raises FileNotFoundError, ValueError and TypeError that say what to do.
     """
-    picture = check_request(prompt, image_file_path, output)
+    from .processing import PaliGemmaProcessor, load_image
+    from .weights import choose_device
+
+    if not isinstance(processor, PaliGemmaProcessor):
+        raise TypeError(
+            "the processor must be a PaliGemmaProcessor: make_processor(model, "
+            "tokenizer) returns one"
+        )
+    device = choose_device(device)
     check_decoder(prompt, decoder)
+    picture = load_image(image_file_path)
+    outputs = [] if output is None else drawing_paths(output, [image_file_path])
     settings = make_settings(
         max_tokens_to_generate, temperature, top_p, do_sample, top_k, seed
     )
-    model = model.to(device)
-    return show_answer(model, processor, prompt, picture, settings, decoder, output)
+    for line in prompt_remarks(prompt):
+        note(line)
+    asked = (model.to(device), processor, prompt, [picture], settings)
+    (text,) = show_answers(*asked, decoder, outputs)
+    return text
 
 
 test_inference.__test__ = False  # the name is a habit of the field, not a test
 
 
-def run(options: Namespace) -> None:
-    """Do what the options ask, cheap checks first."""
+def load_parts(options: Namespace) -> tuple:
+    """Model, processor and, to `segment`, the mask decoder, which is checked first."""
+    decoder = None
+    if check_prompt(options.prompt) == "segment":
+        from .segmentation import load_mask_decoder
+
+        decoder = load_mask_decoder(options.model_path, options.mask_decoder)
+    elif options.mask_decoder is not None:
+        note('--mask_decoder counts only with a prompt like "segment owl"')
+
+    from .weights import load_hf_model, make_processor
+
+    device = "cpu" if options.only_cpu else "auto"
+    model, tokenizer = load_hf_model(options.model_path, device, options.dtype)
+    return model, make_processor(model, tokenizer), decoder
+
+
+def run(options: Namespace) -> int:
+    """Do what the options ask, cheap checks first; returns the exit status."""
     shaping = ("temperature", "top_p", "top_k", "seed")
     given = [name for name in shaping if getattr(options, name) is not None]
     repeatable = not options.do_sample or options.seed is not None
@@ -424,35 +588,63 @@ def run(options: Namespace) -> None:
         options.top_k,
         seed,
     )
-    prompt, output = options.prompt, options.output
-    output = None if output is None else Path(output).expanduser()
-    picture = check_request(prompt, options.image_file_path, output)
-    if not options.do_sample:
-        for name in given:
-            note(f"--{name} counts only with --do_sample True")
+    prompt, words = options.prompt, options.image_file_path
+    check_prompt(prompt)
+    if os.path.isfile(prompt) and not any(map(os.path.exists, words)):
+        raise ValueError(
+            f"--prompt {prompt} is a file: are --prompt and --image_file_path swapped?"
+        )
+    files = find_images(words)
+    single = len(words) == 1 and files == [os.path.expanduser(words[0])]
+    alone = single and not options.json
+    outputs = {}
+    if options.output is not None:
+        outputs = dict(zip(files, drawing_paths(options.output, files, single)))
+    remarks = [f"--{name} counts only with --do_sample True" for name in given]
+    remarks = prompt_remarks(prompt) + ([] if options.do_sample else remarks)
 
     # Imported late: `--help` and a misspelled option are answered without torch.
-    decoder = None
-    if check_prompt(prompt) == "segment":
-        from .segmentation import load_mask_decoder
+    from tqdm import tqdm
 
-        decoder = load_mask_decoder(options.model_path, options.mask_decoder)
-    elif options.mask_decoder is not None:
-        note('--mask_decoder counts only with a prompt like "segment owl"')
+    from .processing import load_image
 
-    from .weights import describe_model, load_hf_model, make_processor
+    model, status = None, 0
+    quiet = len(files) == 1 or sys.stderr is None or not sys.stderr.isatty()
+    with tqdm(total=len(files), unit=" pictures", disable=quiet) as bar:
+        for start in range(0, len(files), options.batch_size):
+            batch, images = files[start : start + options.batch_size], {}
+            for file in batch:
+                try:
+                    images[file] = load_image(file)
+                except (OSError, ValueError) as error:
+                    if alone:
+                        raise
+                    status, line = 1, advice(error)
+                    note(f"error: {line if file in line else f'{file}: {line}'}")
+                    if options.json:
+                        record = {"file": file, "prompt": prompt, "error": line}
+                        print(json.dumps(record), flush=True)
+            if images and model is None:
+                for line in remarks:
+                    note(line)
+                model, processor, decoder = load_parts(options)
+            if images:
+                asked = (model, processor, prompt, [*images.values()], settings)
+                there = [outputs[file] for file in images if outputs]
+                names = () if alone else [*images]
+                show_answers(*asked, decoder, there, names, options.json)
+            bar.update(len(batch))
+    if model is not None:
+        from .weights import describe_model
 
-    device = "cpu" if options.only_cpu else "auto"
-    model, tokenizer = load_hf_model(options.model_path, device, options.dtype)
-    processor = make_processor(model, tokenizer)
-    show_answer(model, processor, prompt, picture, settings, decoder, output)
-    drawn = "" if repeatable else f"; again with --seed {seed}"
-    note(f"answered by {describe_model(model, options.model_path)}{drawn}")
+        drawn = "" if repeatable else f"; again with --seed {seed}"
+        note(f"answered by {describe_model(model, options.model_path)}{drawn}")
+    return status
 
 
 TOO_LARGE = (
-    "the model doesn't fit in the device's memory: try --dtype 16-bit, or "
-    "--only_cpu True"
+    "the model doesn't fit in the device's memory: try --dtype 16-bit, --only_cpu True "
+    "or a smaller --batch_size"
 )
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
@@ -463,7 +655,8 @@ def advice(error: Exception, too_large: str = TOO_LARGE) -> str | None:
     `too_large` is the line for a device without enough memory.
     """
     if isinstance(error, (OSError, ValueError, FloatingPointError)):
-        return " ".join(str(error).split())
+        line = " ".join(str(error).split())
+        return line if len(line) <= 500 else f"{line[:499]}…"
     full = any(words in str(error) for words in OUT_OF_MEMORY)
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and full:
         return too_large
@@ -473,23 +666,26 @@ def advice(error: Exception, too_large: str = TOO_LARGE) -> str | None:
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status.
 
-    0; 2 after one line of advice; 130, as shells expect, when it was interrupted.
+    0; 1 where one of several pictures couldn't be read; 2 after one line of advice;
+    as shells expect, 130 when it was interrupted and 141 when nobody reads on.
     """
     for console in (sys.stdout, sys.stderr):  # it may not know every character
         if isinstance(console, io.TextIOWrapper):
             console.reconfigure(errors="backslashreplace")
     try:
-        run(parse_options(argv))
+        return run(parse_options(argv))
     except KeyboardInterrupt:
         note("stopped")
         return 130
+    except BrokenPipeError:  # as of `| head -1`; what is left goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         line = advice(error)
         if line is None:
             raise
         note(f"error: {line}")
         return 2
-    return 0
 
 
 PREVIEW = 480  # the longest side of the picture on the page, in pixels
@@ -846,8 +1042,8 @@ class Playground:
                 raise ValueError("there is no picture: choose one, or take yours")
             self.easel.put_up(picture)
             self.easel.say("reading the picture and the prompt …")
-            steps = answer_steps(self.model, self.processor, prompt, picture, settings)
-            for answer in steps:
+            asked = (self.model, self.processor, prompt, [picture], settings)
+            for (answer,) in answer_steps(*asked):
                 self.easel.write(answer, end)
                 if self.stopped.is_set():
                     break
@@ -857,7 +1053,7 @@ class Playground:
                 self.drawing = draw_found(picture, found)
                 self.easel.put_up(self.drawing, found)
                 self.easel.write(answer, end, format_table(found))
-            lines = remarks(prompt, answer, end)
+            lines = answer_remarks(answer, end) + prompt_remarks(prompt)
             if self.stopped.is_set():
                 lines = [f"stopped after {len(answer.token_ids)} tokens"]
             self.easel.say("; ".join([self.easel.name, *lines]))

@@ -41,15 +41,23 @@ from .processing import (
 __all__ = [
     "STYLES",
     "TRAINING_STYLES",
-    "HELD_OUT_STYLE",
-    "HELD_OUT_SEEDS",
+    "VALIDATION_STYLE",
+    "TEST_STYLE",
+    "ALL_STYLES",
+    "TRAINING_SEEDS",
+    "VALIDATION_SEEDS",
+    "TEST_SEEDS",
     "PHOTOS",
+    "UNSEEN_PHOTOS",
+    "TRAINING_PHOTO_PART",
     "ASSETS",
     "NUMBER_WORDS",
+    "EMPTY_CAPTION",
     "EncodeMask",
     "SIDES",
     "Kind",
     "all_kinds",
+    "style_kinds",
     "load_sticker",
     "load_photo",
     "Look",
@@ -57,6 +65,7 @@ __all__ = [
     "ScenePlan",
     "plan_scene",
     "draw_background",
+    "photo_crops",
     "SceneObject",
     "Scene",
     "draw_scene",
@@ -80,10 +89,15 @@ __all__ = [
 
 STYLES = ("fluent", "noto")  # what scenes show unless another style is asked for
 TRAINING_STYLES = (*STYLES, "flat")
-HELD_OUT_STYLE = "twemoji"  # never trained on: measures what carries over
-HELD_OUT_SEEDS = range(10**9, 10**9 + 500)  # training draws from 0 … 10**9 - 1
-# Backgrounds; `chelsea` and `rocket` are left out: they show a kind up close.
+VALIDATION_STYLE = "twemoji"  # not trained on, but it had a say in decisions
+TEST_STYLE = "fxemoji"  # three quarters of the kinds; asked about once, at the end
+ALL_STYLES = (*TRAINING_STYLES, VALIDATION_STYLE, TEST_STYLE)
+TRAINING_SEEDS = range(10**9)
+VALIDATION_SEEDS = range(10**9, 10**9 + 500)
+TEST_SEEDS = range(3 * 10**9, 3 * 10**9 + 500)
 PHOTOS = tuple("astronaut brick camera china coffee flower grass gravel".split())
+UNSEEN_PHOTOS = ("chelsea", "rocket")  # no backgrounds: they show a kind up close
+TRAINING_PHOTO_PART = 2 / 3  # of a photograph's width, from the left
 ASSETS = files("vlm") / "assets"
 
 
@@ -116,18 +130,35 @@ def _find_kind(name: str) -> Kind:
     return all_kinds()[name]
 
 
+def _file_name(kind: str) -> str:
+    """A sticker's file in its style's folder: `hot_dog.webp`."""
+    return kind.replace(" ", "_") + ".webp"
+
+
+@cache
+def style_kinds(*styles: str) -> tuple[str, ...]:
+    """The kinds that every one of these styles draws, in alphabetical order.
+
+    Raises ValueError for an unknown style.
+    """
+    drawn = {_file_name(kind) for kind in all_kinds()}
+    for style in styles:
+        if style not in ALL_STYLES:
+            expected = ", ".join(ALL_STYLES)
+            raise ValueError(f"unknown style {style!r}; expected one of {expected}")
+        drawn &= {file.name for file in (ASSETS / "stickers" / style).iterdir()}
+    return tuple(kind for kind in all_kinds() if _file_name(kind) in drawn)
+
+
 @cache
 def load_sticker(kind: str, style: str) -> Image.Image:
     """A sticker's RGBA picture, trimmed to what is visible.
 
-    Raises ValueError for an unknown kind or style.
+    Raises ValueError for an unknown kind or style, and a kind that the style lacks.
     """
-    styles = (*TRAINING_STYLES, HELD_OUT_STYLE)
-    if style not in styles:
-        expected = ", ".join(styles)
-        raise ValueError(f"unknown style {style!r}; expected one of {expected}")
-    file_name = _find_kind(kind).name.replace(" ", "_") + ".webp"
-    with (ASSETS / "stickers" / style / file_name).open("rb") as file:
+    if _find_kind(kind).name not in style_kinds(style):
+        raise ValueError(f"the style {style!r} has no drawing of {kind!r}")
+    with (ASSETS / "stickers" / style / _file_name(kind)).open("rb") as file:
         return Image.open(file).convert("RGBA")
 
 
@@ -174,6 +205,7 @@ class ScenePlan:
 
     background_seed: int
     placements: tuple[Placement, ...]
+    photo_part: float = 1.0  # of a photograph's width, from the left: for backgrounds
 
 
 def _drawn_size(place: Placement) -> tuple[float, float]:
@@ -254,14 +286,20 @@ def plan_scene(
     max_objects: int = 6,
     sizes: tuple[float, float] = (0.15, 0.6),
     vary: float = 0.0,
+    empty_prob: float = 0.0,
+    photo_part: float = 1.0,
 ) -> ScenePlan:
     """Choose kinds, styles, places, sizes and background; the same for the same seed.
 
     1…`max_objects` stickers; after the first, one in four repeats a kind that is there
     already. Sizes are drawn evenly on a logarithmic scale. What finds no room in 20
-    tries is left out. `vary`: share of the stickers with another look, for training.
+    tries is left out. Kinds are those that all of `styles` draw.
 
-    Raises ValueError for no styles, no objects, and sizes or `vary` that aren't shares.
+    For training: `vary` is the share of the stickers with another look, `empty_prob`
+    that of the scenes without a sticker (the others stay as they are), `photo_part`
+    that of a photograph's width, from the left, of which backgrounds are cut.
+
+    Raises ValueError for no styles, no objects, and for shares outside 0…1.
     """
     if isinstance(styles, str):
         raise ValueError(f"styles must be several names: write ({styles!r},)")
@@ -269,10 +307,12 @@ def plan_scene(
         raise ValueError("a scene needs at least one style and one object")
     if not 0 < sizes[0] <= sizes[1] <= 1:
         raise ValueError(f"sizes must be shares, 0 < least ≤ most ≤ 1, not {sizes}")
-    if not 0 <= vary <= 1:
-        raise ValueError(f"vary={vary} must be a share, 0 to 1")
+    shares = {"vary": vary, "empty_prob": empty_prob, "photo_part": photo_part}
+    for name, share in shares.items():
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name}={share} must be a share, 0 to 1")
     rng = random.Random(seed)
-    names = list(all_kinds())
+    names = style_kinds(*styles)
     placements: list[Placement] = []
     boxes: list[Box] = []
     for _ in range(rng.randint(1, max_objects)):
@@ -290,7 +330,10 @@ def plan_scene(
                 break
     if not placements:  # twenty misses in a row: put one in the middle
         placements.append(Placement(kind, style, 0.5, 0.5, sizes[0], 0.0, False))
-    return ScenePlan(rng.getrandbits(32), tuple(placements))
+    background_seed = rng.getrandbits(32)
+    if rng.random() < empty_prob:
+        placements = []
+    return ScenePlan(background_seed, tuple(placements), photo_part)
 
 
 Color = tuple[int, int, int]  # red, green, blue, 0…255
@@ -326,14 +369,28 @@ def _draw_texture(rng: random.Random, side: int) -> Image.Image:
     return _blend(_random_color(rng), _random_color(rng), share / 255)
 
 
-def _cut_from_photo(rng: random.Random, side: int) -> Image.Image:
-    """A square piece of a photograph; half are flipped, half are blurred."""
-    photo = load_photo(rng.choice(PHOTOS))
-    cut = rng.uniform(0.25, 1.0) * min(photo.size)
+@cache
+def _photo_part(name: str, part: Box) -> Image.Image:
+    """A part of a photograph, given in shares of its width and height."""
+    photo = load_photo(name)
+    return photo.crop([round(p * s) for p, s in zip(part, photo.size * 2)])
+
+
+def _cut_square(
+    photo: Image.Image, least: float, rng: random.Random, side: int
+) -> Image.Image:
+    """A square piece, of at least the share `least` of the photograph's shorter side."""
+    cut = rng.uniform(least, 1.0) * min(photo.size)
     left = rng.uniform(0, photo.width - cut)
     top = rng.uniform(0, photo.height - cut)
     window = (left, top, left + cut, top + cut)
-    piece = photo.resize((side, side), Image.Resampling.BILINEAR, box=window)
+    return photo.resize((side, side), Image.Resampling.BILINEAR, box=window)
+
+
+def _cut_from_photo(rng: random.Random, side: int, photo_part: float) -> Image.Image:
+    """A square piece of a photograph; half are flipped, half are blurred."""
+    photo = _photo_part(rng.choice(PHOTOS), (0.0, 0.0, photo_part, 1.0))
+    piece = _cut_square(photo, 0.25, rng, side)
     if rng.random() < 0.5:
         piece = piece.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rng.random() < 0.5:
@@ -341,8 +398,11 @@ def _cut_from_photo(rng: random.Random, side: int) -> Image.Image:
     return piece
 
 
-def draw_background(seed: int, side: int) -> Image.Image:
-    """A plain ground, a gradient, a texture or, twice as often, a piece of a photo."""
+def draw_background(seed: int, side: int, photo_part: float = 1.0) -> Image.Image:
+    """A plain ground, a gradient, a texture or, twice as often, a piece of a photo.
+
+    Of a photograph, only the left `photo_part` of its width is used.
+    """
     rng = random.Random(seed)
     style = rng.choice(("plain", "gradient", "texture", "photo", "photo"))
     if style == "plain":
@@ -351,7 +411,28 @@ def draw_background(seed: int, side: int) -> Image.Image:
         return _draw_gradient(rng, side)
     if style == "texture":
         return _draw_texture(rng, side)
-    return _cut_from_photo(rng, side)
+    return _cut_from_photo(rng, side, photo_part)
+
+
+def photo_crops(
+    split: str, num_crops: int, side: int = 128, seed: int = 0
+) -> list[Image.Image]:
+    """Square pieces of photographs that no background with `TRAINING_PHOTO_PART` shows.
+
+    From the right part of one photograph after the other: its upper half for the split
+    "validation", its lower half for "test". The astronaut's is left out: behind her
+    stands a rocket. Raises ValueError for another split.
+    """
+    if split not in ("validation", "test"):
+        raise ValueError(f'split must be "validation" or "test", not {split!r}')
+    top = 0.0 if split == "validation" else 0.5
+    part = (TRAINING_PHOTO_PART, top, 1.0, top + 0.5)
+    photos = [_photo_part(name, part) for name in PHOTOS if name != "astronaut"]
+    rng = random.Random(seed)
+    return [
+        _cut_square(photos[number % len(photos)], 0.5, rng, side)
+        for number in range(num_crops)
+    ]
 
 
 @dataclass
@@ -461,7 +542,7 @@ def draw_scene(plan: ScenePlan, image_size: int = 128) -> Scene:
     """
     if image_size < 16:
         raise ValueError(f"image_size={image_size} is too small to draw: at least 16")
-    image = draw_background(plan.background_seed, image_size)
+    image = draw_background(plan.background_seed, image_size, plan.photo_part)
     owner = np.full((image_size, image_size), -1)  # [S, S]: nobody's yet
     for index, place in enumerate(plan.placements):
         sticker = _draw_sticker(place, image_size)
@@ -479,25 +560,29 @@ def make_scene(
     styles: Sequence[str] = STYLES,
     max_objects: int = 6,
     vary: float = 0.0,
+    empty_prob: float = 0.0,
+    photo_part: float = 1.0,
 ) -> Scene:
-    """The scene of a seed: `draw_scene(plan_scene(seed))`.
+    """The scene of a seed: `draw_scene(plan_scene(seed))`, with the same options.
 
     The plan doesn't depend on `image_size`: the same scene can be drawn at any size.
     """
-    plan = plan_scene(seed, styles, max_objects, vary=vary)
+    options = {"vary": vary, "empty_prob": empty_prob, "photo_part": photo_part}
+    plan = plan_scene(seed, styles, max_objects, **options)
     return draw_scene(plan, image_size)
 
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six")
+EMPTY_CAPTION = "nothing I know"
 
 
 def caption(scene: Scene) -> str:
     """What is there, from left to right: `two owls, a pizza and an apple`.
 
-    Raises ValueError for a scene that shows nothing.
+    Where no sticker is, `EMPTY_CAPTION`.
     """
     if not scene.objects:
-        raise ValueError("a scene without objects has no caption")
+        return EMPTY_CAPTION
     phrases = []
     for name, count in scene.counts.items():
         kind = _find_kind(name)
@@ -648,14 +733,14 @@ def relation_questions(scene: Scene) -> list[Question]:
 
 def _maybe_absent(scene: Scene, share: float, rng: random.Random) -> str:
     """A kind of the scene, or in `share` of the cases one that isn't there."""
-    if rng.random() < share:
+    if rng.random() < share or not scene.objects:
         return absent_kind(scene, rng)
     return rng.choice(list(scene.counts))
 
 
 def _kinds_to_find(scene: Scene, most: int, rng: random.Random) -> list[str]:
     """One to `most` kinds of the scene; in a tenth an absent one too, or alone."""
-    if rng.random() < 0.1:
+    if rng.random() < 0.1 or not scene.objects:
         return [absent_kind(scene, rng)]
     present = list(scene.counts)
     kinds = rng.sample(present, min(len(present), rng.randint(1, most)))
@@ -722,10 +807,11 @@ def world_sentences(num_scenes: int, seed: int = 0) -> Iterator[str]:
         yield f"answer en how many {kind.plural} are there?\n"
         yield f"answer en is there {kind.with_article}?\n"
     for _ in range(num_scenes):
-        scene = make_scene(rng.randrange(10**9), image_size=32)
+        scene = make_scene(rng.choice(TRAINING_SEEDS), image_size=32)
         for question in [caption_question(scene), *relation_questions(scene)]:
             yield f"{question.prompt}\n"
             yield question.answer
+    yield EMPTY_CAPTION
     yield "yes no nothing zero one two three four five six"
     yield "0 1 2 3 4 5 6 7 8 9"
 

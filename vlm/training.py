@@ -222,7 +222,7 @@ def sincos_positions(side: int, width: int) -> Float[Tensor, "N D"]:
 def fourier_locs(width: int) -> Float[Tensor, "1024 D"]:
     """Vectors of length 1 for the loc tokens in which neighbors are alike.
 
-    Waves of their coordinate, from half a period over the picture to 64 periods, and a
+    Waves of their coordinate, from half a period over the picture to nearly 64, and a
     part common to all of them that says "I am a coordinate".
     """
     coordinate = torch.linspace(0, 1, NUM_LOCS)[:, None]  # [1024, 1]
@@ -299,11 +299,11 @@ def make_tokenizer(num_scenes: int = 3000) -> PreTrainedTokenizerFast:
 
 
 def new_model(
-    seed: int = 0,
+    seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
 ) -> tuple[PaliGemmaForConditionalGeneration, PreTrainedTokenizerFast]:
-    """An untrained embedded model and its tokenizer."""
+    """An untrained embedded model and its tokenizer, a new one if none is given."""
     torch.manual_seed(seed)
-    tokenizer = make_tokenizer()
+    tokenizer = tokenizer or make_tokenizer()
     model = PaliGemmaForConditionalGeneration(embedded_config(tokenizer))
     initialize(model, tokenizer)
     return model, tokenizer
@@ -922,20 +922,21 @@ def saved_settings(place: Path) -> dict[str, Any]:
     return json.loads((place / "training_state.json").read_text("utf-8"))["config"]
 
 
-def check_settings(place: Path, settings: dict[str, Any]) -> None:
-    """Raise a ValueError that names what differs from the run saved in `place`.
+def check_settings(
+    saved: dict[str, Any], settings: dict[str, Any], free: tuple[str, ...] = FREE
+) -> None:
+    """Raise a ValueError that names what differs from a saved run's settings.
 
-    Only the settings in `FREE` may.
+    Only those in `free` may.
     """
-    saved = saved_settings(place)
     other = [
         f"{name} {saved.get(name)!r}, not {value!r}"
         for name, value in settings.items()
-        if saved.get(name) != value and name not in FREE
+        if saved.get(name) != value and name not in free
     ]
     if other:
         raise ValueError(
-            f"the run in {place} has {'; '.join(other)}: resume it with its own "
+            f"the saved run has {'; '.join(other)}: resume it with its own "
             "settings, or start a new one with another output"
         )
 
@@ -1107,7 +1108,7 @@ def train(
     check_run_folder(folder, resume)
     settings = run_settings(config, init, vqvae)
     if resume:
-        check_settings(saved_run(folder), settings)
+        check_settings(saved_settings(saved_run(folder)), settings)
     first_seg = processor.tokenizer.convert_tokens_to_ids(seg_token(0))
     lesson = Lesson(model, Teacher(model.config), vqvae, first_seg)
     if init is not None:

@@ -824,18 +824,15 @@ def _tensors_to_save(
             )
     state = {canonical_name(name): t for name, t in inner.state_dict().items()}
     wanted = {n: t.shape for n, t in empty_model(inner.config).state_dict().items()}
-    plain = {
-        (name, tensor.shape)
-        for name, tensor in state.items()
-        if type(tensor) is Tensor and not tensor.is_meta
-        if tensor.dtype in FLOAT_TYPES.values()
-    }
-    if odd := sorted({*state, *wanted} - dict(plain & wanted.items()).keys()):
-        raise ValueError(
-            f"{odd[0]} isn't a plain tensor like the model's config says, and nobody "
-            "could load it: merge adapters (peft's merge_and_unload), gather shards, "
-            "save before quantizing"
-        )
+    for name in sorted({*state, *wanted}):
+        tensor = state.get(name)  # of its own class where it is one shard of several
+        plain = type(tensor) is Tensor and tensor.dtype in FLOAT_TYPES.values()
+        if not plain or tensor.is_meta or tensor.shape != wanted.get(name):
+            raise ValueError(
+                f"{name} isn't the plain tensor that the model's config promises: "
+                "merge adapters (peft's merge_and_unload), gather shards, or save "
+                "before quantizing"
+            )
     head, embedding = state.pop(TIED), state[EMBEDDING]
     if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
         raise ValueError(f"{TIED} isn't {EMBEDDING} any more: call tie_weights first")
@@ -853,20 +850,19 @@ def _companions_of(
     `companions_from`. Raises FileNotFoundError where they are gone, ValueError where
     `folder` holds another model's.
     """
-    names = getattr(model, "companions", [])
     source = Path(companions_from or getattr(model, "name_or_path", ""))
+    there, names = _companions_in(source), getattr(model, "companions", [])
     if companions_from is not None:
-        names = _companions_in(source) or COMPANIONS[:1]
-    for name in names:
-        if not (source / name).is_file():
-            raise FileNotFoundError(
-                f"no {name} in {source}, and this model's masks need it: give the "
-                "folder that holds it as companions_from"
-            )
-    others = set(_companions_in(folder)) - set(names)
+        names = there or COMPANIONS[:1]
+    if gone := sorted({*names} - {*there}):
+        raise FileNotFoundError(
+            f"no {gone[0]} in {source}, and this model's masks need it: give the "
+            "folder that holds it as companions_from"
+        )
+    others = sorted({*_companions_in(folder)} - {*names})
     if others and source.resolve() != folder.resolve():
         raise ValueError(
-            f"{folder} holds another model's {others.pop()}: save elsewhere, or give "
+            f"{folder} holds another model's {others[0]}: save elsewhere, or give "
             "companions_from"
         )
     return [source / name for name in names]
