@@ -1,22 +1,17 @@
 """The embedded checkpoint: small, complete, honest, transformers' as much as ours."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from vlm.evaluation import table
 from vlm.processing import PaliGemmaProcessor
 from vlm.sampling import generate
-from vlm.scenes import HELD_OUT_SEEDS, make_scene
+from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.segmentation import load_mask_decoder, parse_segmentations
 from vlm.weights import EMBEDDED, load_hf_model, save_hf_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
-import evaluate
 
 
 def test_fits_and_is_complete():
@@ -42,11 +37,11 @@ def test_fits_and_is_complete():
     }
 
 
-def test_card_shows_the_evaluation_of_all_held_out_scenes():
+def test_card_shows_the_evaluation_of_all_validation_scenes():
     numbers = json.loads((EMBEDDED / "evaluation.json").read_text(encoding="utf-8"))
-    assert {column["scenes"] for column in numbers.values()} == {len(HELD_OUT_SEEDS)}
+    assert {column["scenes"] for column in numbers.values()} == {len(VALIDATION_SEEDS)}
     card = (EMBEDDED / "README.md").read_text(encoding="utf-8")
-    assert evaluate.table(numbers) in card
+    assert table(numbers) in card
 
 
 @pytest.mark.parametrize(
@@ -62,7 +57,7 @@ def test_transformers_loads_it_unchanged_and_writes_the_same(prompt):
     processor = PaliGemmaProcessor(
         their_tokenizer, vision.num_image_tokens, vision.image_size
     )
-    for seed in HELD_OUT_SEEDS[:4]:
+    for seed in VALIDATION_SEEDS[:4]:
         inputs = processor([prompt], [make_scene(seed, vision.image_size).image])
         written = theirs.eval().generate(
             **inputs,
@@ -82,7 +77,7 @@ def test_a_saved_copy_segments_as_the_original_does(tmp_path):
     vision = model.config.vision_config
     side = vision.image_size
     processor = PaliGemmaProcessor(tokenizer, vision.num_image_tokens, side)
-    scene = make_scene(HELD_OUT_SEEDS[0], side)
+    scene = make_scene(VALIDATION_SEEDS[0], side)
     inputs = processor([f"segment {scene.objects[0].kind}"], [scene.image])
     found = []
     for folder in (None, tmp_path):
