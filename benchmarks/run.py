@@ -30,7 +30,7 @@ from vlm import (
     load_hf_model,
     save_hf_model,
 )
-from vlm.scenes import HELD_OUT_SEEDS, make_scene
+from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.weights import find_checkpoint, make_processor
 
 NEW_TOKENS = 32
@@ -99,7 +99,7 @@ def speed(folder: Path, rounds: int) -> list[dict[str, float | str]]:
     model, tokenizer = load_hf_model(folder, "cpu")
     reference = Reference.from_pretrained(folder).eval()
     processor = make_processor(model, tokenizer)
-    scenes = [make_scene(seed, processor.image_size) for seed in HELD_OUT_SEEDS[:8]]
+    scenes = [make_scene(seed, processor.image_size) for seed in VALIDATION_SEEDS[:8]]
     one = processor(["caption en"], [scenes[0].image])
     eight = processor(["caption en"] * 8, [scene.image for scene in scenes])
 

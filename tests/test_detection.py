@@ -30,7 +30,7 @@ from vlm.detection import (
 )
 from vlm.processing import box_to_locs, loc_token, seg_token
 from vlm.sampling import Generation
-from vlm.scenes import HELD_OUT_SEEDS, detect_question, make_scene
+from vlm.scenes import VALIDATION_SEEDS, detect_question, make_scene
 
 BOX = "<loc0100><loc0200><loc0300><loc0400>"
 SEGS = "".join(seg_token(code) for code in range(16))
@@ -439,7 +439,7 @@ def test_iou_takes_lists_arrays_and_tensors_in_any_unit():
 
 
 def test_what_the_world_says_of_its_scenes_is_a_perfect_answer():
-    scenes = [make_scene(seed, 64) for seed in HELD_OUT_SEEDS[:20]]
+    scenes = [make_scene(seed, 64) for seed in VALIDATION_SEEDS[:20]]
     answers = [detect_question(s, list(s.counts)).answer for s in scenes]
     found = [parse_detections(answer, 64, 64) for answer in answers]
     truth = [[Detection(o.kind, o.box) for o in s.objects] for s in scenes]

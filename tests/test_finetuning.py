@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -826,21 +827,29 @@ import sys
 import torch
 from vlm.finetuning import main
 torch.set_num_threads(1)
-raise SystemExit(main(sys.argv[1:]))
+status = main(sys.argv[1:])
+print(f"one of {torch.distributed.get_world_size()} processes", file=sys.stderr)
+raise SystemExit(status)
 """
 
 
 def test_two_processes_have_the_loss_of_one(checkpoints, folder):
     assert run(checkpoints / "float32", "--micro_batch_size", "1") == 0
     Path("run.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
-    command += ["--num_processes", "2", "--num_machines", "1", "run.py"]
+    # Not `accelerate launch --cpu --num_processes 2`: that starts a single process.
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc_per_node", "2", "run.py"]
     words = ["--data", "mine", "--output", "two", *QUICK]
     words += ["--model_path", str(checkpoints / "float32"), "--micro_batch_size", "1"]
     done = subprocess.run(
-        [*command, *words], capture_output=True, text=True, timeout=300
+        [*command, *words],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stderr.count("of 2 processes") == 2, done.stderr
     one, two = read_log("new"), read_log("two")
     assert [entry["step"] for entry in two] == [entry["step"] for entry in one]
     for a, b in zip(one, two, strict=True):

@@ -35,7 +35,7 @@ from vlm.mask_tokens import (
     scene_masks,
     train_mask_tokens,
 )
-from vlm.scenes import HELD_OUT_SEEDS, HELD_OUT_STYLE, make_scene
+from vlm.scenes import VALIDATION_SEEDS, VALIDATION_STYLE, make_scene
 from vlm.weights import EMBEDDED
 
 # The tensors of Google's file and their shapes.
@@ -431,7 +431,7 @@ def test_silhouettes_fill_their_box():
     assert len(kinds) > 100
 
 
-@pytest.mark.parametrize("styles", [(), (HELD_OUT_STYLE,)])
+@pytest.mark.parametrize("styles", [(), (VALIDATION_STYLE,)])
 def test_scene_masks_are_those_of_the_scene(styles):
     options = {"styles": styles} if styles else {}
     masks = list(scene_masks(5, 96, **options))
@@ -654,7 +654,7 @@ def shipped():
 
 
 def test_shipped_codes_carry_masks_never_seen(shipped):
-    masks = [mask for seed in HELD_OUT_SEEDS[:100] for mask in scene_masks(seed)]
+    masks = [mask for seed in VALIDATION_SEEDS[:100] for mask in scene_masks(seed)]
     ious, codes = judge_masks(shipped, masks)
     assert len(ious) == len(masks) and codes.shape == (len(masks), 16)
     assert ious.mean() >= 0.92
@@ -662,7 +662,7 @@ def test_shipped_codes_carry_masks_never_seen(shipped):
 
 
 def test_a_mask_becomes_sixteen_codes_and_comes_back(shipped):
-    (thing, *_) = make_scene(HELD_OUT_SEEDS[0], 256).objects
+    (thing, *_) = make_scene(VALIDATION_SEEDS[0], 256).objects
     mask = thing.cropped_mask
     codes = shipped.encode_mask(mask)
     assert len(codes) == 16 and all(type(code) is int for code in codes)

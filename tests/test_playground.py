@@ -26,7 +26,7 @@ from vlm.mask_tokens import MaskDecoder
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
 from vlm.sampling import Generation, generate
-from vlm.scenes import HELD_OUT_SEEDS, make_scene
+from vlm.scenes import VALIDATION_SEEDS, make_scene
 
 EOS = 1
 LOCS = ("<loc0000>", "<loc0512>", "<loc0512>", "<loc1023>")
@@ -206,13 +206,13 @@ def test_an_example_becomes_the_prompt_and_a_new_picture_keeps_it(play):
     play.controls.prompt.value = "caption en"
     play.controls.examples.value = "detect owl ; elephant"  # the same, once more
     assert play.controls.prompt.value == "detect owl ; elephant"
-    play.new_scene(HELD_OUT_SEEDS[3])
+    play.new_scene(VALIDATION_SEEDS[3])
     assert play.controls.prompt.value == "detect owl ; elephant"
     assert play.controls.examples.value == ""
 
 
-def test_a_held_out_scene_brings_examples_about_its_kinds(play):
-    seed = HELD_OUT_SEEDS[3]
+def test_a_validation_scene_brings_examples_about_its_kinds(play):
+    seed = VALIDATION_SEEDS[3]
     play.new_scene(seed)
     kinds = list(make_scene(seed).counts)
     offered = [value for _, value in play.controls.examples.options]
@@ -220,7 +220,7 @@ def test_a_held_out_scene_brings_examples_about_its_kinds(play):
     assert str(seed) in text(play.easel.line)
     play.controls.new_scene.click()
     seeds = {int(n) for n in re.findall(r"\d{10}", text(play.easel.line))}
-    assert seeds <= set(HELD_OUT_SEEDS) and len(seeds) == 1
+    assert seeds <= set(VALIDATION_SEEDS) and len(seeds) == 1
     assert play.controls.pictures.value is None
 
 
@@ -537,5 +537,5 @@ def test_the_playground_answers_in_jupyterlab(page, lab, tmp_path):
         output.get_by_text(f"{name}").and_(line).wait_for()
         assert said in line.inner_text()
     output.get_by_role("button", name="New scene").click()
-    output.get_by_text("held-out scene").wait_for()
+    output.get_by_text("validation scene").wait_for()
     assert not errors

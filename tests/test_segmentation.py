@@ -16,7 +16,7 @@ from vlm.detection import Detection, ParsedObjects, draw_detections
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
 from vlm.processing import box_to_locs, load_image, loc_token, locs_to_box, seg_token
 from vlm.sampling import Generation
-from vlm.scenes import HELD_OUT_SEEDS, SceneObject, make_scene, segment_question
+from vlm.scenes import VALIDATION_SEEDS, SceneObject, make_scene, segment_question
 from vlm.segmentation import (
     GOOGLE_DECODER,
     GOOGLE_SHA256,
@@ -197,7 +197,7 @@ def test_a_segmentation_is_one_thing_and_does_not_change():
 
 def test_the_truth_survives_its_tokens(embedded):
     encode = MaskVQVAE.from_pretrained(EMBEDDED).encode_mask
-    scenes = [make_scene(seed, 128) for seed in HELD_OUT_SEEDS[:8]]
+    scenes = [make_scene(seed, 128) for seed in VALIDATION_SEEDS[:8]]
     texts = [segment_question(s, list(s.counts), encode).answer for s in scenes]
     found = [parse_segmentations(text, 128, 128, embedded) for text in texts]
     assert all(one.invalid == 0 for one in found)

@@ -45,6 +45,7 @@ from vlm.training import (
     pack_questions,
     packed_mask,
     patch_targets,
+    saved_run,
     sincos_positions,
     token_losses,
     train,
@@ -704,6 +705,26 @@ def test_a_full_disk_leaves_the_former_save(place, processor, started, monkeypat
     whole = small_model(processor.tokenizer)
     straight = train(whole, processor, CONFIG, vqvae=random_masks())
     assert resume(started, processor, CONFIG) == straight
+
+
+def test_the_only_save_stays_until_another_is_in_its_place(
+    processor, started, monkeypatch
+):
+    """The machine stopped between two renames once, and now stops there again."""
+    (started / "last").rename(started / "last.old")
+    former = {f.name: f.read_bytes() for f in (started / "last.old").iterdir()}
+
+    def stop(source, target):
+        if Path(source).name == "last.new":
+            raise KeyboardInterrupt
+        return replace_file(source, target)
+
+    replace_file = os.replace
+    monkeypatch.setattr("vlm.training.os.replace", stop)
+    with pytest.raises(KeyboardInterrupt):
+        resume(started, processor, replace(CONFIG, save_every=1))
+    left = saved_run(started)
+    assert former == {f.name: f.read_bytes() for f in left.iterdir()}
 
 
 def test_trainings_follow_each_other_in_one_process(world_tokenizer, processor):

@@ -2,8 +2,8 @@
 
     python tools/make_cover.py
 
-Every word, box and mask is the model's own answer to the prompt above it, on held-out
-scenes drawn at 320 px.
+Every word, box and mask is the model's own answer to the prompt above it, on
+validation scenes drawn at 320 px.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from vlm import (
     parse_segmentations,
 )
 from vlm.detection import draw_detections
-from vlm.scenes import HELD_OUT_SEEDS, make_scene
+from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.segmentation import draw_segmentations, load_mask_decoder
 from vlm.weights import make_processor
 
 COVER = Path(__file__).parents[1] / "book" / "images" / "cover.png"
 SIDE, MARGIN, TEXT = 320, 16, 114
-PANELS = (  # place among the held-out scenes, prompt
+PANELS = (  # place among the validation scenes, prompt
     (417, "caption en"),
     (417, "detect owl"),
     (417, "segment elephant"),
@@ -59,7 +59,7 @@ def main() -> None:
     cover = Image.new("RGB", (width, SIDE + 2 * MARGIN + TEXT), PAPER)
     draw = ImageDraw.Draw(cover)
     for number, (place, prompt) in enumerate(PANELS):
-        picture = make_scene(HELD_OUT_SEEDS[place], SIDE).image
+        picture = make_scene(VALIDATION_SEEDS[place], SIDE).image
         inputs = processor([prompt], [picture])
         (answer,) = generate(model, tokenizer, inputs, max_new_tokens=64)
         if "<seg" in answer:

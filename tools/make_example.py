@@ -3,8 +3,8 @@
     python tools/make_example.py            write it
     python tools/make_example.py --check    write nothing, fail if it would change
 
-It is the scene of a held-out seed, drawn larger than the model sees it: no training run
-draws from these seeds, so the embedded model meets it for the first time.
+It is the scene of a validation seed, drawn larger than the model sees it: no training
+run draws from these seeds, so the embedded model meets it for the first time.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlm.scenes import HELD_OUT_SEEDS, caption, make_scene
+from vlm.scenes import VALIDATION_SEEDS, caption, make_scene
 
 SCENE = Path(__file__).resolve().parent.parent / "vlm/assets/examples/scene.png"
 SEED = 1_000_000_417  # an elephant, a candle, a pig, an owl and a bat
@@ -25,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args()
-    assert SEED in HELD_OUT_SEEDS
+    assert SEED in VALIDATION_SEEDS
     scene = make_scene(SEED, image_size=SIDE)
     if options.check:
         if np.array_equal(np.asarray(Image.open(SCENE)), np.asarray(scene.image)):

@@ -147,8 +147,9 @@ def check_objects(prefix: str, suffix: str) -> None:
     for thing in split_objects(suffix) if task in ("detect", "segment") else ():
         segs_valid = task == "detect" and not thing.segs or segs_to_codes(thing.segs)
         if not (locs_to_box(thing.locs, 1, 1) and segs_valid and thing.is_named):
+            text = f"{thing.locs}{thing.segs} {thing.label}".strip()
             raise ValueError(
-                f"{thing.locs + thing.segs + thing.label!r:.60} is not a valid object: "
+                f"{text!r:.60} is not a valid object: "
                 "four loc tokens y0 x0 y1 x1 that end past their start, sixteen seg "
                 "tokens (detect: or none), a label, and ' ; ' between objects"
             )

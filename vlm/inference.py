@@ -201,9 +201,9 @@ def parse_options(argv: list[str] | None = None) -> Namespace:
 def find_images(words: Sequence[str]) -> list[str]:
     """The files that some words name, each once.
 
-    A folder stands for the files in it with a picture's extension; a pattern, with *, ?
-    or [, for the files that match; both sorted. Any other word is taken for a file.
-    Raises FileNotFoundError where there is none.
+    A folder stands for the files in it with a picture's extension; a pattern with `*`,
+    `?` or `[` for the files that match; both sorted. Any other word is taken for a
+    file. Raises FileNotFoundError where there is none.
     """
     from PIL import Image
 
@@ -1022,11 +1022,11 @@ class Playground:
 
     def new_scene(self, seed: int | None = None) -> None:
         """Ask about a scene that training never saw."""
-        from .scenes import HELD_OUT_SEEDS, make_scene
+        from .scenes import VALIDATION_SEEDS, make_scene
 
-        seed = random.choice(HELD_OUT_SEEDS) if seed is None else seed
+        seed = random.choice(VALIDATION_SEEDS) if seed is None else seed
         scene = make_scene(seed, PREVIEW)
-        self.open(scene.image, f"held-out scene {seed}", list(scene.counts))
+        self.open(scene.image, f"validation scene {seed}", list(scene.counts))
 
     @guarded
     def run(self) -> "Generation | None":

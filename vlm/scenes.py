@@ -379,7 +379,7 @@ def _photo_part(name: str, part: Box) -> Image.Image:
 def _cut_square(
     photo: Image.Image, least: float, rng: random.Random, side: int
 ) -> Image.Image:
-    """A square piece, of at least the share `least` of the photograph's shorter side."""
+    """A square piece: at least the share `least` of the photograph's shorter side."""
     cut = rng.uniform(least, 1.0) * min(photo.size)
     left = rng.uniform(0, photo.width - cut)
     top = rng.uniform(0, photo.height - cut)

@@ -800,8 +800,8 @@ def make_optimizer(module: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 def _replace_folder(staged: Path, place: Path) -> None:
     "Move a complete folder to its place; the former one is there until it is."
     former = place.with_name(place.name + ".old")
-    shutil.rmtree(former, ignore_errors=True)
     if place.exists():
+        shutil.rmtree(former, ignore_errors=True)
         os.replace(place, former)
     os.replace(staged, place)
     shutil.rmtree(former, ignore_errors=True)
@@ -1099,7 +1099,7 @@ def train(
     FileNotFoundError where it holds none to resume, ValueError where that one has other
     settings, OSError where its disk is full (before the first step, as far as that can
     be known), and FloatingPointError when a loss is no longer a number.
-    Runs on one process or, under `accelerate launch`, on several with the same loss.
+    Under `accelerate launch` or `torchrun`, several processes have the loss of one.
     """
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = make_accelerator(config.mixed_precision, kwargs_handlers=[ddp])
