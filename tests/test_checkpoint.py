@@ -1,22 +1,17 @@
 """The embedded checkpoint: small, complete, honest, transformers' as much as ours."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from vlm.evaluation import table
 from vlm.processing import PaliGemmaProcessor
 from vlm.sampling import generate
 from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.segmentation import load_mask_decoder, parse_segmentations
 from vlm.weights import EMBEDDED, load_hf_model, save_hf_model
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
-import evaluate
 
 
 def test_fits_and_is_complete():
@@ -46,7 +41,7 @@ def test_card_shows_the_evaluation_of_all_validation_scenes():
     numbers = json.loads((EMBEDDED / "evaluation.json").read_text(encoding="utf-8"))
     assert {column["scenes"] for column in numbers.values()} == {len(VALIDATION_SEEDS)}
     card = (EMBEDDED / "README.md").read_text(encoding="utf-8")
-    assert evaluate.table(numbers) in card
+    assert table(numbers) in card
 
 
 @pytest.mark.parametrize(

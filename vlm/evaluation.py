@@ -1,0 +1,284 @@
+"""Evaluation on the validation or the test split: captions, boxes, masks, silence.
+
+Built in notebooks/23_segmentation.ipynb: edit it there, then run `make export`.
+"""
+
+import argparse
+import json
+import random
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from .captioning import exact_share, kinds_f1
+from .detection import Detection, average_precision, parse_detections
+from .mask_tokens import MaskDecoder
+from .paligemma import PaliGemmaForConditionalGeneration
+from .processing import PaliGemmaProcessor
+from .sampling import Generation, generate_tokens
+from .scenes import (
+    EMPTY_CAPTION,
+    TEST_SEEDS,
+    TEST_STYLE,
+    UNSEEN_PHOTOS,
+    VALIDATION_SEEDS,
+    VALIDATION_STYLE,
+    Question,
+    Scene,
+    absent_kind,
+    all_kinds,
+    caption_question,
+    count_question,
+    load_photo,
+    make_scene,
+    photo_crops,
+    presence_question,
+    relation_questions,
+    style_kinds,
+)
+from .segmentation import load_mask_decoder, mean_iou, parse_segmentations
+from .weights import find_checkpoint, load_hf_model, make_processor
+
+__all__ = ["SPLITS", "silent_fraction", "evaluate", "table", "write_results", "main"]
+
+# The seeds of a split's scenes, and its style, which training never draws.
+SPLITS = {
+    "validation": (VALIDATION_SEEDS, VALIDATION_STYLE),
+    "test": (TEST_SEEDS, TEST_STYLE),
+}
+_NUM_EMPTY = 100  # pictures of each sort without a sticker: a fraction to about ± 0.05
+_START, _END = "<!-- numbers -->", "<!-- /numbers -->"  # in a model card
+
+# An image and questions about it → an answer each.
+_Answerer = Callable[[Image.Image, Sequence[Question]], list[Generation]]
+
+
+def _scene_questions(scene: Scene, seed: int, classes: Sequence[str]) -> list[Question]:
+    """All that a scene is asked, about `classes` alone; the same every time."""
+    rng = random.Random(seed)
+    present, absent = list(scene.counts), []
+    while len(absent) < 2:
+        absent += [kind for kind in [absent_kind(scene, rng)] if kind in classes]
+    relations = relation_questions(scene)
+    rng.shuffle(relations)
+    return [
+        caption_question(scene),
+        # Boxes and masks are compared by their pixels: no right answer in words.
+        *(Question("detect", f"detect {kind}", "") for kind in [*present, *absent]),
+        *(Question("segment", f"segment {k}", "") for k in [*present, absent[0]]),
+        *(count_question(scene, kind) for kind in [*present, absent[0]]),
+        *(presence_question(scene, kind) for kind in [rng.choice(present), absent[0]]),
+        *[q for q in relations if q.answer != "nothing"][:2],
+        *[q for q in relations if q.answer == "nothing"][:1],
+        *(Question("detect every", f"detect {kind}", "") for kind in classes),
+    ]
+
+
+def _ask_model(
+    model: PaliGemmaForConditionalGeneration,
+    processor: PaliGemmaProcessor,
+    image: Image.Image,
+    questions: Sequence[Question],
+) -> list[Generation]:
+    """A model's greedy answers, fifty at a time: it encodes the image once for each."""
+    rows = []
+    for start in range(0, len(questions), 50):
+        prompts = [question.prompt for question in questions[start : start + 50]]
+        inputs = processor(prompts, [image])
+        # 160 tokens: seven objects with their masks.
+        rows += generate_tokens(model, processor.tokenizer, inputs, max_new_tokens=160)
+    return rows
+
+
+def _majority_baseline(questions: Sequence[Question]) -> _Answerer:
+    """One that never looks: each task's most common right answer, always."""
+    counts = {question.task: Counter() for question in questions}
+    for question in questions:
+        counts[question.task][question.answer] += 1
+    common = {task: answers.most_common(1)[0][0] for task, answers in counts.items()}
+    return lambda _, asked: [Generation([0], [1.0], [common[q.task]]) for q in asked]
+
+
+def _evaluate_scenes(
+    answer: _Answerer,
+    scenes: Sequence[Scene],
+    seeds: Sequence[int],
+    classes: Sequence[str],
+    decoder: MaskDecoder,
+) -> dict[str, float]:
+    """The rows about scenes with stickers; none for a task that nobody asked about."""
+    parse = {"detect": parse_detections, "detect every": parse_detections}
+    parse["segment"] = partial(parse_segmentations, decoder=decoder)
+    found = {task: [[] for _ in scenes] for task in parse}
+    silent = {task: [] for task in parse}  # for absent classes: is nothing found?
+    invalid = Counter()
+    said: dict[str, list[tuple[str, str]]] = {}  # task → (answer, right answer)
+    for index, (scene, seed) in enumerate(zip(tqdm(scenes, unit="scene"), seeds)):
+        questions = _scene_questions(scene, seed, classes)
+        rows = answer(scene.image, questions)
+        for question, row in zip(questions, rows, strict=True):
+            task, name = question.task, question.prompt.partition(" ")[2]
+            if task in parse:
+                objects = parse[task](row, *scene.image.size)
+                found[task][index] += objects
+                invalid[task] += objects.invalid
+                if name not in scene.counts:
+                    silent[task].append(not objects)
+            else:
+                said.setdefault(task, []).append((row.text, question.answer))
+    things = [scene.objects for scene in scenes]
+    truth = [[Detection(one.kind, one.box) for one in each] for each in things]
+    ap = average_precision(found["detect"], truth)  # at ten IoU thresholds
+    every_ap = average_precision(found["detect every"], truth)
+    wrong = [  # boxes whose label names nothing that is in the scene
+        box for scene, boxes in zip(scenes, found["detect every"]) for box in boxes
+        if box.label not in scene.counts
+    ]  # fmt: skip
+    exact = {task: exact_share(*zip(*pairs)) for task, pairs in said.items()}
+    short = [task for task in ("count", "relation", "presence") if task in said]
+    answers = [pair for task in short for pair in said[task]]
+    return {
+        "scenes": len(scenes),
+        "caption: kinds F1": kinds_f1([text for text, _ in said["caption"]], scenes),
+        "caption: right to the letter": exact["caption"],
+        "detect, present kinds asked: AP50": float(ap[0]),
+        "detect, present kinds asked: AP50:95": float(ap.mean()),
+        "detect, every kind asked: AP50": float(every_ap[0]),
+        "detect, every kind asked: AP50:95": float(every_ap.mean()),
+        "detect, every kind asked: false alarms a picture": len(wrong) / len(scenes),
+        "detect absent: nothing": sum(silent["detect"]) / len(silent["detect"]),
+        "detect: invalid objects": invalid["detect"],
+        "segment: mean IoU": mean_iou(found["segment"], things),
+        "segment absent: nothing": sum(silent["segment"]) / len(silent["segment"]),
+        "segment: invalid objects": invalid["segment"],
+        "answers: right": exact_share(*zip(*answers)),
+        **{f"answers: {task}": exact[task] for task in short},
+    }
+
+
+def silent_fraction(answer: _Answerer, images: Sequence[Image.Image]) -> float:
+    """The fraction of images without a sticker on which every answer says so.
+
+    The caption is `EMPTY_CAPTION`; `detect` and `segment` of three classes, drawn at
+    random for each image, get empty answers.
+    """
+    rng, silent = random.Random(0), 0
+    for image in images:
+        questions = [Question("caption", "caption en", EMPTY_CAPTION)]
+        for kind in rng.sample(list(all_kinds()), 3):
+            for task in ("detect", "segment"):
+                questions.append(Question(task, f"{task} {kind}", ""))
+        rows = answer(image, questions)
+        silent += all(r.text == q.answer for r, q in zip(rows, questions, strict=True))
+    return silent / len(images)
+
+
+def evaluate(
+    model: PaliGemmaForConditionalGeneration,
+    tokenizer: Any,
+    decoder: MaskDecoder,
+    split: str = "validation",
+    num_scenes: int = 500,
+) -> dict[str, dict[str, float]]:
+    """Every number, by column and row, on the first `num_scenes` scenes of a split.
+
+    Columns: scenes in styles that were trained on; the same seeds in the split's style,
+    which wasn't, with the classes that it has; the baseline that never looks.
+    Raises ValueError for another split, and for fewer than one scene.
+    """
+    if split not in SPLITS or num_scenes < 1:
+        known = " or ".join(SPLITS)
+        raise ValueError(f"split {split!r} isn't {known}, or {num_scenes} scenes < 1")
+    all_seeds, style = SPLITS[split]
+    seeds, classes = all_seeds[:num_scenes], list(all_kinds())
+    processor = make_processor(model, tokenizer)
+    side = processor.image_size
+    scenes = [make_scene(seed, side) for seed in seeds]
+    styled = [make_scene(seed, side, [style]) for seed in seeds]
+    asked = [_scene_questions(*pair, classes) for pair in zip(scenes, seeds)]
+    model_answer = partial(_ask_model, model, processor)
+    blind_answer = _majority_baseline([question for each in asked for question in each])
+    few = seeds[:_NUM_EMPTY]
+    empty = [make_scene(seed, side, empty_prob=1.0).image for seed in few]
+    photos = photo_crops(split, len(few), side) + [*map(load_photo, UNSEEN_PHOTOS)]
+    silence = {  # without stickers, style plays no part: the same in two columns
+        answer: {
+            "empty scenes: silent": silent_fraction(answer, empty),
+            "photographs: silent": silent_fraction(answer, photos),
+        }
+        for answer in (model_answer, blind_answer)
+    }
+    columns = {
+        "styles trained on": (model_answer, scenes, classes),
+        f"{split} style": (model_answer, styled, style_kinds(style)),
+        "without looking": (blind_answer, scenes, classes),
+    }
+    return {
+        column: _evaluate_scenes(answer, drawn, seeds, asked_for, decoder)
+        | silence[answer]
+        for column, (answer, drawn, asked_for) in columns.items()
+    }
+
+
+def table(numbers: dict[str, dict[str, float]]) -> str:
+    """The numbers as a Markdown table; a dash where a column has no such row."""
+    lines = [f"| | {' | '.join(numbers)} |", f"|---|{'---|' * len(numbers)}"]
+    for name in dict.fromkeys(name for rows in numbers.values() for name in rows):
+        values = [rows.get(name, "–") for rows in numbers.values()]
+        cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in values)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def write_results(folder: str | Path, numbers: dict[str, dict[str, float]]) -> None:
+    """Write evaluation.json, and the table between two markers in the model card.
+
+    A card without them gets them at its end; where there is none, one is begun.
+    """
+    folder = Path(folder).resolve()
+    text = json.dumps(numbers, indent=2) + "\n"
+    (folder / "evaluation.json").write_text(text, encoding="utf-8")
+    card = folder / "README.md"
+    old = card.read_text(encoding="utf-8") if card.is_file() else f"# {folder.name}\n"
+    block = f"{_START}\n{table(numbers)}\n{_END}"
+    new, found = re.subn(f"{_START}.*?{_END}", lambda _: block, old, flags=re.DOTALL)
+    if not found:
+        new = f"{old.rstrip()}\n\n## Evaluation\n\n{block}\n"
+    card.write_text(new, encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; 2 and one clear line for what a user can get wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vlm.evaluation",
+        description="Evaluate a model on scenes that training never draws.",
+    )
+    add = parser.add_argument
+    add("--model_path", help="default: the embedded model")
+    add("--mask_decoder", help="default: the one beside the model")
+    add("--split", choices=SPLITS, default="validation", help="default: validation")
+    add("--scenes", type=int, default=500, help="how many; default: %(default)s")
+    add("--write", action="store_true", help="into the model's folder: JSON and card")
+    options = parser.parse_args(argv)
+    try:
+        model, tokenizer = load_hf_model(options.model_path)
+        decoder = load_mask_decoder(options.model_path, options.mask_decoder)
+        numbers = evaluate(model, tokenizer, decoder, options.split, options.scenes)
+        print(table(numbers))
+        if options.write:
+            write_results(find_checkpoint(options.model_path), numbers)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
