@@ -144,6 +144,10 @@ class HandWritten(ModuleMaker):
 
     results: dict[Path, str] = {}
 
+    def __init__(self, *args, is_new: bool, **options):
+        super().__init__(*args, is_new=True, **options)  # its file may not exist yet
+        self.is_new = is_new
+
     def make(self, cells, all_cells=None, lib_path=None):
         notebook = Path(self.nb_path).name
         topic = Path(self.nb_path).stem.partition("_")[2]
