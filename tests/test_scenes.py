@@ -16,6 +16,7 @@ from vlm import scenes as scenes_module
 from vlm.processing import box_to_locs, locs_to_box
 from vlm.scenes import (
     ALL_STYLES,
+    ASSETS,
     EMPTY_CAPTION,
     PHOTOS,
     SIDES,
@@ -121,6 +122,8 @@ def test_all_styles_draw_all_kinds_but_for_the_test_style():
     assert style_kinds(*ALL_STYLES) == kinds
     with pytest.raises(ValueError, match="no drawing"):
         load_sticker("owl", TEST_STYLE)
+    licenses = (ASSETS / "stickers" / "LICENSE.md").read_text(encoding="utf-8")
+    assert all(f"| `{style}/` |" in licenses for style in ALL_STYLES)
 
 
 def test_splits_never_meet():
