@@ -17,15 +17,12 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "vlm").glob("*.py") if p.stem != "__init__")
-CHAPTER = {path.stem[3:]: int(path.stem[:2]) for path in NOTEBOOKS}
+BUILT_IN = {path.stem[3:]: path.stem for path in NOTEBOOKS}
+for path in NOTEBOOKS:  # a chapter may build small modules beside its own
+    helpers = re.findall(r'"#\| export (\w+)', path.read_text(encoding="utf-8"))
+    BUILT_IN |= dict.fromkeys(helpers, path.stem)
+CHAPTER = {module: int(notebook[:2]) for module, notebook in BUILT_IN.items()}
 EXPORT_NOTHING = {"start_here", "debugging"}
-# A small module beside a chapter's own → the notebook that exports it.
-HELPERS = {
-    name: path
-    for path in NOTEBOOKS
-    for name in re.findall(r'"#\| exporti? (\w+)', path.read_text(encoding="utf-8"))
-}
-CHAPTER |= {name: int(path.stem[:2]) for name, path in HELPERS.items()}
 
 
 def stem(path: Path) -> str:
@@ -52,13 +49,10 @@ def test_notebooks_and_modules_are_in_step(tool):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=stem)
-def test_a_module_says_which_notebook_builds_it(path):
-    """The one with its name, or the one whose chapter it helps."""
-    assert path.stem in CHAPTER, f"no notebook builds {path.stem}"
-    name = f"{CHAPTER[path.stem]:02d}_{path.stem}.ipynb"
-    notebook = HELPERS[path.stem].name if path.stem in HELPERS else name
-    says = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
-    assert f"notebooks/{notebook}" in says
+def test_a_module_is_built_by_a_notebook_and_says_so(path):
+    assert path.stem in BUILT_IN, f"no notebook builds {path.name}"
+    name = f"notebooks/{BUILT_IN[path.stem]}.ipynb"
+    assert name in ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
@@ -137,8 +131,8 @@ def test_a_module_imports_only_earlier_chapters(path):
         ):
             continue
         assert name in CHAPTER, f"{path.name} imports {name}, which no chapter builds"
-        beside = CHAPTER[name] == CHAPTER[path.stem] and {name, path.stem} & {*HELPERS}
-        assert CHAPTER[name] < CHAPTER[path.stem] or beside, (
+        beside = name != path.stem and BUILT_IN[name] == BUILT_IN[path.stem]
+        assert beside or CHAPTER[name] < CHAPTER[path.stem], (
             f"{path.name} (chapter {CHAPTER[path.stem]}) imports {name} "
             f"(chapter {CHAPTER[name]}): imports run in the order of the chapters"
         )
