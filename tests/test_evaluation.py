@@ -311,7 +311,7 @@ def test_the_split_decides_seeds_style_classes_and_crops(evaluated, monkeypatch)
 
 def test_unknown_splits_and_no_scenes_are_refused(embedded, decoder):
     for split, number in (("training", 5), ("validation", 0)):
-        with pytest.raises(ValueError, match="split"):
+        with pytest.raises(ValueError, match="at least 1, of validation or test"):
             evaluate(*embedded, decoder, split, number)
 
 

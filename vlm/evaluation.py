@@ -195,7 +195,7 @@ def evaluate(
     """
     if split not in SPLITS or num_scenes < 1:
         known = " or ".join(SPLITS)
-        raise ValueError(f"split {split!r} isn't {known}, or {num_scenes} scenes < 1")
+        raise ValueError(f"{num_scenes} scenes of {split!r}: at least 1, of {known}")
     all_seeds, style = SPLITS[split]
     seeds, classes = all_seeds[:num_scenes], list(all_kinds())
     processor = make_processor(model, tokenizer)
