@@ -91,6 +91,19 @@ def test_every_notebook_is_in_the_table_of_contents_once_and_in_order():
         assert (ROOT / f"{page}.md").exists(), page
 
 
+def test_no_page_or_tool_draws_what_the_last_evaluation_is_kept_for():
+    from vlm.scenes import TEST_SEEDS
+
+    files = [*NOTEBOOKS, *ROOT.glob("tools/*.py"), *ROOT.glob("benchmarks/*.py")]
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        if path.stem != "15_scenes":  # where they are defined
+            for number in re.findall(r"(\d+) \* 10\*\*9", text):
+                assert int(number) * 10**9 not in TEST_SEEDS, path.name
+        if path.stem not in ("15_scenes", "23_segmentation"):  # 23 evaluates
+            assert not re.search(r"TEST_(SEEDS|STYLE)", text), path.name
+
+
 # Imports run one way
 
 
