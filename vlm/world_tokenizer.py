@@ -6,16 +6,11 @@ Built in notebooks/15_scenes.ipynb: edit it there, then run `make export`.
 import random
 from collections.abc import Iterable, Iterator
 
-from tokenizers import (
-    AddedToken,
-    Regex,
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    trainers,
-)
+from tokenizers import AddedToken, Regex, Tokenizer, decoders
+from tokenizers.models import BPE
+from tokenizers.normalizers import Replace
+from tokenizers.pre_tokenizers import Split
+from tokenizers.trainers import BpeTrainer
 
 from .processing import IMAGE_TOKEN, NUM_LOCS, NUM_SEGS, loc_token, seg_token
 from .questions import EMPTY_CAPTION, caption_question, relation_questions
@@ -65,29 +60,26 @@ def train_tokenizer(sentences: Iterable[str], num_pieces: int = 1024) -> Tokeniz
     and unseen characters fall back to bytes, so any prompt has ids.
     Source: Sennrich et al. 2016 (BPE); byte fallback as in SentencePiece.
     """
-    bpe = models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    learner = Tokenizer(bpe)
-    learner.normalizer = normalizers.Replace(" ", "▁")
-    learner.pre_tokenizer = pre_tokenizers.Split(WORD, "isolated")
-    trainer = trainers.BpeTrainer(
+    learner = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    learner.normalizer = Replace(" ", "▁")
+    learner.pre_tokenizer = Split(WORD, "isolated")
+    trainer = BpeTrainer(
         vocab_size=num_pieces,
         special_tokens=[*SPECIAL_TOKENS, *BYTE_TOKENS],  # the first ids
         initial_alphabet=[chr(code) for code in range(33, 127)] + ["▁", "\n"],
         show_progress=False,
     )
     learner.train_from_iterator(sentences, trainer)
-    tokenizer = Tokenizer(learner.model)  # now byte tokens are ordinary vocabulary
+    tokenizer = Tokenizer(learner.model)  # here byte tokens are ordinary vocabulary
     tokenizer.normalizer = learner.normalizer
     tokenizer.pre_tokenizer = learner.pre_tokenizer
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     )
-    locs, segs = map(loc_token, range(NUM_LOCS)), map(seg_token, range(NUM_SEGS))
+    added = [*SPECIAL_TOKENS, *map(loc_token, range(NUM_LOCS))]
+    added += [*map(seg_token, range(NUM_SEGS)), IMAGE_TOKEN]
     special = {*SPECIAL_TOKENS, IMAGE_TOKEN}
-    tokenizer.add_tokens(
-        [  # not normalized: found in the raw text, before it is split into words
-            AddedToken(token, normalized=False, special=token in special)
-            for token in (*SPECIAL_TOKENS, *locs, *segs, IMAGE_TOKEN)
-        ]
-    )
+    # Not normalized: found in the raw text, before it is split into words.
+    tokens = [AddedToken(t, normalized=False, special=t in special) for t in added]
+    tokenizer.add_tokens(tokens)
     return tokenizer
