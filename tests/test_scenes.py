@@ -4,7 +4,6 @@ import hashlib
 import math
 import random
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -229,24 +228,28 @@ def test_only_augmented_plans_stretch_and_recolor():
     assert 0.2 < np.mean([abs(jitter.hue) > 0.05 for jitter in changed]) < 0.4
 
 
-def test_jitter_changes_colors_and_not_the_outline():
-    def drawn(stretch=1.0, **jitter):
-        place = Placement("owl", "noto", 0.5, 0.5, 0.8, 0.0, False, stretch)
-        place = replace(place, jitter=ColorJitter(**jitter))
-        return draw_scene(ScenePlan(7, (place,)))
+def draw_owl(stretch: float = 1.0, **jitter):
+    jitter = ColorJitter(**jitter)
+    place = Placement("owl", "noto", 0.5, 0.5, 0.8, 0.0, False, stretch, jitter)
+    return draw_scene(ScenePlan(7, (place,)))
 
-    plain, red = np.asarray(drawn().image), drawn(hue=0.4, saturation=1.4)
-    assert np.array_equal(drawn().owner, red.owner)
-    behind = red.owner == -1
-    same = (plain == np.asarray(red.image)).all(axis=-1)
-    assert same[behind].mean() > 0.95  # but for pixels that the owl half covers
-    assert same[~behind].mean() < 0.2
-    tall = drawn(stretch=1.2).objects[0].box
-    box = drawn().objects[0].box
+
+@pytest.mark.parametrize(
+    "jitter", [{"hue": 0.4}, {"saturation": 0.3}, {"brightness": 0.7}]
+)
+def test_jitter_changes_colors_and_not_the_outline(jitter):
+    plain, recolored = draw_owl(), draw_owl(**jitter)
+    assert np.array_equal(plain.owner, recolored.owner)
+    background = plain.owner == -1
+    same = (np.asarray(plain.image) == np.asarray(recolored.image)).all(axis=-1)
+    assert same[background].mean() > 0.95  # but for pixels that the owl half covers
+    assert same[~background].mean() < 0.2
+
+
+def test_stretch_changes_the_aspect_ratio():
+    (x0, y0, x1, y1), box = draw_owl().objects[0].box, draw_owl(1.2).objects[0].box
     ratio = (box[3] - box[1]) / (box[2] - box[0])
-    assert (tall[3] - tall[1]) / (tall[2] - tall[0]) == pytest.approx(
-        1.2 * ratio, rel=0.05
-    )
+    assert ratio == pytest.approx(1.2 * (y1 - y0) / (x1 - x0), rel=0.05)
 
 
 def test_sizes_are_even_on_a_logarithmic_scale():
