@@ -18,6 +18,7 @@ import torch
 __all__ = [
     "STATE_FILE",
     "FREE",
+    "OUT_OF_MEMORY",
     "setting",
     "run_folder",
     "saved_state",
@@ -32,6 +33,7 @@ __all__ = [
 STATE_FILE = "trainer.pt"
 # What may change when a run goes on: who computes and when it saves, not the result.
 FREE = ("micro_batch_size", "num_workers", "eval_every", "save_every")
+OUT_OF_MEMORY = "try a smaller --micro_batch_size, and what else --help says of memory"
 
 
 def setting(default: Any, help: str, **flag: Any) -> Any:
@@ -163,7 +165,7 @@ def _make_parser(about: str, config_type: type) -> argparse.ArgumentParser:
     add("--output", required=True, type=Path, help="folder that the result will be")
     add("--resume", action="store_true", help="go on with an unfinished run")
     add("--stop_after", type=int, help="save and stop at this step")
-    for option in fields(config_type):
+    for option in (o for o in fields(config_type) if o.init):
         flag = {"type": option.type} | option.metadata["flag"]
         if option.type is bool:  # --flag is enough; --flag False takes it back
             flag |= {"type": read_switch, "nargs": "?", "const": True}
@@ -178,9 +180,9 @@ def run_command(
     run: Callable[[Any, Path, bool, int | None], str],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """A command with a flag for each setting; `run` gets (config, output, resume,
-    stop_after) and returns what to print at the end.
+    """A command with a flag for each setting that isn't `init=False`.
 
+    `run` gets (config, output, resume, stop_after), and returns what to print at last.
     A resumed run has its own settings, but for those that are given. Returns 0 and
     prints what `run` returns; 2 and one line for what a user can get wrong; 130, as
     shells expect, when it was interrupted.
@@ -192,13 +194,18 @@ def run_command(
         stop_after = given.pop("stop_after", None)
         if resume:
             saved = saved_state(output, mmap=True)["settings"]
-            kept = [o.name for o in fields(config_type) if o.name in saved]
+            kept = [o.name for o in fields(config_type) if o.init and o.name in saved]
             given = {name: saved[name] for name in kept} | given
         message = run(config_type(**given), output, resume, stop_after)
     except KeyboardInterrupt:
         message, status = "stopped: --resume goes on from the last save, if any", 130
-    except (OSError, ValueError, FloatingPointError, MemoryError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         message, status = f"error: {error}", 2
+    except (MemoryError, RuntimeError) as error:
+        # CUDA, MPS and the CPU have no type for it in common.
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        message, status = f"error: out of memory: {OUT_OF_MEMORY}", 2
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         print(message, file=sys.stderr if status else sys.stdout)
     return status
