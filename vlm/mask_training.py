@@ -25,8 +25,6 @@ from .scenes import TRAINING_SEEDS, TRAINING_STYLES, VALIDATION_SEEDS, make_scen
 from .training import Objective, TrainingConfig, make_accelerator, train
 
 __all__ = [
-    "COMMITMENT_WEIGHT",
-    "IMAGE_SIZES",
     "MaskObjective",
     "MaskDataset",
     "MaskTrainingConfig",
@@ -34,15 +32,12 @@ __all__ = [
     "main",
 ]
 
-COMMITMENT_WEIGHT = 0.25  # van den Oord et al. 2017, who find that 0.1 to 2 will do
-IMAGE_SIZES = (96, 128, 256)  # pixels: coarse and fine edges
-
 
 class MaskObjective(Objective):
     """Reconstruction and commitment, each a mean over a mask, summed over masks."""
 
     names = ("reconstruction", "commitment")
-    weights = (1.0, COMMITMENT_WEIGHT)
+    weights = (1.0, 0.25)  # van den Oord et al. 2017 find that 0.1 to 2 will do
 
     def __init__(self, vqvae: MaskVQVAE):
         super().__init__()
@@ -65,7 +60,7 @@ class MaskDataset(Dataset):
         return len(TRAINING_SEEDS)
 
     def __getitem__(self, index: int) -> Float[Tensor, "n 1 64 64"]:
-        size = IMAGE_SIZES[index % len(IMAGE_SIZES)]
+        size = (96, 128, 256)[index % 3]  # pixels: coarse and fine edges
         scene = make_scene(TRAINING_SEEDS[index], size, TRAINING_STYLES)
         return torch.stack([crop_to_square(o.cropped_mask) for o in scene.objects])
 

@@ -122,9 +122,8 @@ def make_accelerator(mixed_precision: str = "no", cpu: bool = False) -> Accelera
 
     Under a launcher with several processes the device stays that of the first run.
     """
-    # Accelerate keeps number format and device for the life of a process, refuses
-    # another format, and takes another device without a word. Forgetting both is the
-    # only way to a second run; a group of processes can't be forgotten.
+    # Accelerate keeps format and device for the life of a process, and refuses another
+    # format. Forgetting both allows a second run; a group of processes has to stay.
     alone = not torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=alone)
     return Accelerator(
@@ -171,8 +170,7 @@ def training_step(
     values = accelerator.reduce(losses, "sum").tolist()
     if not all(map(math.isfinite, values)):
         raise FloatingPointError(
-            f"a loss is NaN or infinite ({values}): lower the learning rate, or train "
-            "in float32"
+            f"a loss is NaN or inf ({values}): lower the learning rate, or use float32"
         )
     accelerator.clip_grad_norm_(objective.parameters(), MAX_GRAD_NORM)
     optimizer.step()
