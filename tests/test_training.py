@@ -119,6 +119,7 @@ def test_learning_rate_rises_then_falls():
     assert rates[5] == 2.0 and rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[5 + 95 // 2] == pytest.approx(1.0, abs=0.05)
     assert 0 < rates[-1] < 0.01
+    assert learning_rate_at(0, 30, 2.0) == 1.0  # two steps of warm-up
     assert learning_rate_at(0, 1, 2.0) == 2.0
 
 
