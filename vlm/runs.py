@@ -17,9 +17,18 @@ STATE_FILE = "trainer.pt"
 FREE = ("micro_batch_size", "num_workers", "eval_every", "save_every")
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the help text of its flag."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, **flag: Any) -> Any:
+    """A dataclass field with a default, the help of its flag, and more on the flag."""
+    return field(default=default, metadata={"flag": {"help": help, **flag}})
+
+
+def read_switch(text: str) -> bool:
+    """True, yes, 1 → True and False, no, 0 → False; ValueError for anything else."""
+    switch = {"true": True, "yes": True, "1": True, "false": False}
+    switch |= {"no": False, "0": False}
+    if text.lower() not in switch:
+        raise ValueError(f"{text!r} is neither True nor False")
+    return switch[text.lower()]
 
 
 class TrainingLog:
@@ -71,8 +80,12 @@ def saved_state(output: Path, mmap: bool = False) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def check_output(output: Path, settings: dict[str, Any], resume: bool) -> None:
+def check_output(
+    output: Path, settings: dict[str, Any], resume: bool, free: Sequence[str] = ()
+) -> None:
     """Refuse to overwrite a result or a run, or to resume one with other settings.
+
+    Those in FREE and in `free` may differ from the saved run's.
 
     Raises FileExistsError, FileNotFoundError or ValueError.
     """
@@ -87,7 +100,7 @@ def check_output(output: Path, settings: dict[str, Any], resume: bool) -> None:
     other = [
         f"{name} {saved.get(name)!r}, not {value!r}"
         for name, value in settings.items()
-        if saved.get(name) != value and name not in FREE
+        if saved.get(name) != value and name not in (*FREE, *free)
     ]
     if other:
         raise ValueError(
@@ -131,15 +144,20 @@ def run_command(
     shells expect, when it was interrupted.
     """
     parser = argparse.ArgumentParser(
-        description=about, argument_default=argparse.SUPPRESS
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
     add("--output", required=True, type=Path, help="folder that the result will be")
     add("--resume", action="store_true", help="go on with an unfinished run")
     add("--stop_after", type=int, help="save and stop at this step")
     for option in fields(config_type):
-        text = f"{option.metadata['help']} (default: {option.default})"
-        add(f"--{option.name}", type=option.type, help=text)
+        flag = {"type": option.type} | option.metadata["flag"]
+        if option.type is bool:  # --flag is enough; --flag False takes it back
+            flag |= {"type": read_switch, "nargs": "?", "const": True}
+        flag["help"] += f" (default: {option.default})"
+        add(f"--{option.name}", **flag)
     given = vars(parser.parse_args(argv))
     output, resume = given.pop("output").expanduser(), given.pop("resume", False)
     stop_after = given.pop("stop_after", None)
@@ -150,7 +168,7 @@ def run_command(
         message = run(config_type(**given), output, resume, stop_after)
     except KeyboardInterrupt:
         message, status = "stopped: --resume goes on from the last save, if any", 130
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, MemoryError) as error:
         message, status = f"error: {error}", 2
     else:
         status = 0

@@ -215,6 +215,7 @@ def train(
     schedule: Callable[[int], float] | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     about: dict[str, Any] | None = None,
+    free: Sequence[str] = (),
     accelerator: Accelerator | None = None,
 ) -> list[dict[str, float]]:
     """Train `objective` in place; returns the log, one dict a line.
@@ -223,8 +224,9 @@ def train(
     item should depend on its index alone. `output`: where the caller will `publish` the
     result; log and state lie in its `run_folder` (None: nothing is written).
     `stop_after`: save and stop at this step. `schedule(step)`, step from 0: another one
-    than `learning_rate_at`. `evaluate(step)`: more to log, every `eval_every` steps and
-    last. `about`: what else must be the same when a run is resumed.
+    than `learning_rate_at`. `evaluate(step)`: more to log, every `eval_every` steps
+    (then also before the first) and last. `about`: what else must be the same when a
+    run is resumed, but for the names in `free`.
     Raises as `check_output` and `training_step`; ValueError for a batch that the
     processes can't share, OSError for a full disk.
     """
@@ -237,7 +239,7 @@ def train(
     settings = asdict(config) | (about or {})
     plain, state = objective, {"step": 0}
     if output:
-        check_output(output, settings, resume)
+        check_output(output, settings, resume, free)
         size = 3 * sum(t.nbytes for t in _trained(plain).values())  # and two moments
         require_space(run_folder(output), size if resume else 2 * size)
         state = saved_state(output) if resume else state
@@ -269,6 +271,9 @@ def train(
     schedule = schedule or partial(
         learning_rate_at, steps=config.steps, peak=config.learning_rate
     )
+    objective.eval()
+    if evaluate and config.eval_every and first == 0:
+        log.write(0, **evaluate(0))
     objective.train()
     for step, parts in zip(bar, loader):
         rate = schedule(step - 1)
