@@ -16,6 +16,8 @@ STATE_FILE = "trainer.pt"
 # What may change when a run goes on: who computes and when it saves, not the result.
 FREE = ("micro_batch_size", "num_workers", "eval_every", "save_every")
 
+OUT_OF_MEMORY = "try a smaller --micro_batch_size, and what else --help says of memory"
+
 
 def setting(default: Any, help: str, **flag: Any) -> Any:
     """A dataclass field with a default, the help of its flag, and more on the flag."""
@@ -136,9 +138,9 @@ def run_command(
     run: Callable[[Any, Path, bool, int | None], str],
     argv: Sequence[str] | None = None,
 ) -> int:
-    """A command with a flag for each setting; `run` gets (config, output, resume,
-    stop_after) and returns what to print at the end.
+    """A command with a flag for each setting that isn't `init=False`.
 
+    `run` gets (config, output, resume, stop_after) and returns what to print at the end.
     A resumed run has its own settings, but for those that are given. Returns 0 and
     prints what `run` returns; 2 and one line for what a user can get wrong; 130, as
     shells expect, when it was interrupted.
@@ -152,7 +154,8 @@ def run_command(
     add("--output", required=True, type=Path, help="folder that the result will be")
     add("--resume", action="store_true", help="go on with an unfinished run")
     add("--stop_after", type=int, help="save and stop at this step")
-    for option in fields(config_type):
+    options = [option for option in fields(config_type) if option.init]
+    for option in options:
         flag = {"type": option.type} | option.metadata["flag"]
         if option.type is bool:  # --flag is enough; --flag False takes it back
             flag |= {"type": read_switch, "nargs": "?", "const": True}
@@ -164,12 +167,17 @@ def run_command(
     try:
         if resume:
             saved = saved_state(output, mmap=True)["settings"]
-            given = {o.name: saved[o.name] for o in fields(config_type)} | given
+            given = {option.name: saved[option.name] for option in options} | given
         message = run(config_type(**given), output, resume, stop_after)
     except KeyboardInterrupt:
         message, status = "stopped: --resume goes on from the last save, if any", 130
-    except (OSError, ValueError, FloatingPointError, MemoryError) as error:
+    except (OSError, ValueError, FloatingPointError) as error:
         message, status = f"error: {error}", 2
+    except (MemoryError, RuntimeError) as error:
+        # CUDA, MPS and the CPU have no type for it in common.
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        message, status = f"error: out of memory: {OUT_OF_MEMORY}", 2
     else:
         status = 0
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
