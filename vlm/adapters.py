@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ALL_BUT_VISION",
     "match_parameters",
-    "target_modules",
     "set_trainable",
     "merge_adapters",
     "save_adapter",
@@ -51,15 +50,6 @@ def match_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)]
 
 
-def target_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Names of the linear layers that a pattern matches; ValueError for none."""
-    names = {*match_parameters(model, patterns)}
-    linear = [n for n, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not (targets := [name for name in linear if f"{name}.weight" in names]):
-        raise ValueError("LoRA works on linear layers: train others, or --lora_rank 0")
-    return targets
-
-
 def set_trainable(
     model: PaliGemmaForConditionalGeneration,
     patterns: Sequence[str],
@@ -69,15 +59,21 @@ def set_trainable(
 
     What is trained becomes float32. Frozen matrices keep their dtype; vectors, a few
     thousandths of the whole, become float32 too, because norms want one dtype. Returns
-    the adapters, for `merge_adapters`. Source: Hu et al. 2022, in peft's version.
+    the adapters (α = 2r) for `merge_adapters`. Source: Hu et al. 2022, through peft.
     """
     adapters, names = None, {*match_parameters(model, patterns)}
     if lora_rank:
         from peft import LoraConfig, get_peft_model  # slow to import: only when needed
 
-        targets = target_modules(model, patterns)
-        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank)  # scale α / r = 2
-        config.target_modules = {*targets}
+        targets = {
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and f"{name}.weight" in names
+        }
+        if not targets:
+            raise ValueError("LoRA works on linear layers, and no pattern matches one")
+        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank)
+        config.target_modules = targets
         adapters = get_peft_model(model, config)
     for name, parameter in model.named_parameters():
         if adapters is None:
@@ -113,6 +109,7 @@ def save_adapter(adapters: "PeftModel", folder: Path, base: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     config.save_pretrained(folder)
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    shutil.copymode(folder / "adapter_config.json", folder / ADAPTER_FILE)  # readable
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Teach a trained model a task of your own: what to train, what to leave, what is lost.
+"""Fine-tuning: settings, the run from a folder of rows to a checkpoint, its card.
 
 Built in notebooks/25_finetuning.ipynb: edit it there, then run `make export`.
 """
@@ -50,20 +50,11 @@ from .weights import (
     save_hf_model,
 )
 
-__all__ = [
-    "FREE",
-    "MIXED_PRECISION",
-    "ABOUT",
-    "FineTuningConfig",
-    "FineTuning",
-    "write_card",
-    "finetune",
-    "main",
-]
+__all__ = ["FineTuningConfig", "FineTuning", "finetune", "main"]
 
 # What may change when a run goes on: where rows are (their hash stays), what it needs.
-FREE = ("data", "validation", "save_adapter", "gradient_checkpointing", "only_cpu")
-MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+_FREE = ("data", "validation", "save_adapter", "gradient_checkpointing", "only_cpu")
+_MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(kw_only=True)
@@ -73,7 +64,7 @@ class FineTuningConfig(TrainingConfig):
     data: str = setting("", "folder with images and a .jsonl file, or that file")
     validation: str = setting("", "rows to validate on, instead of a part of the data")
     model_path: str = setting("", "folder or hub id; empty: the embedded model")
-    train: tuple[str, ...] = setting(
+    train: Sequence[str] = setting(
         ALL_BUT_VISION, "patterns of parameters, in quotes", type=str, nargs="+"
     )
     lora_rank: int = setting(0, "less memory: train adapters of this rank; 0: none")
@@ -110,9 +101,9 @@ class FineTuningConfig(TrainingConfig):
     def fit(self, num_rows: int, dtype: torch.dtype) -> "FineTuningConfig":
         """A copy for so many rows, validated once an epoch, and weights in `dtype`."""
         fitted = replace(self, dtype=str(dtype).removeprefix("torch."))
-        if fitted.dtype not in MIXED_PRECISION:
+        if fitted.dtype not in _MIXED_PRECISION:
             raise ValueError(f"no training in {fitted.dtype}: give --dtype bfloat16")
-        fitted.mixed_precision = MIXED_PRECISION[fitted.dtype]
+        fitted.mixed_precision = _MIXED_PRECISION[fitted.dtype]
         fitted.steps = math.ceil(self.epochs * num_rows / self.batch_size)
         fitted.eval_every = math.ceil(num_rows / self.batch_size)
         return fitted
@@ -192,7 +183,7 @@ class FineTuning:
                 stop_after,
                 evaluate=lambda step: {"validation_loss": self.validate()},
                 about={"rows": self.files},
-                free=FREE,
+                free=_FREE,
                 accelerator=self.accelerator,
             )
 
@@ -207,7 +198,7 @@ class FineTuning:
         if is_main:
             if not config.save_adapter:
                 save_hf_model(self.model, self.processor.tokenizer, folder)
-            write_card(folder, self, log)
+            _write_card(folder, self, log)
             TrainingLog(run_folder(self.output), config.steps).write(**log[-1])
             publish(self.output)
         self.accelerator.wait_for_everyone()
@@ -224,7 +215,7 @@ def _license(model_path: str) -> str | None:
         return None
 
 
-def write_card(folder: Path, run: FineTuning, log: list[dict[str, float]]) -> None:
+def _write_card(folder: Path, run: FineTuning, log: list[dict[str, float]]) -> None:
     """README.md, from its template; with Gemma's license, the NOTICE that it asks for.
 
     Of the rows only counts are told: a card is public, and prompts may not be.
@@ -276,7 +267,7 @@ def finetune(
     return log
 
 
-ABOUT = """
+_ABOUT = """
 Fine-tune a PaliGemma on a folder of yours: images, and one .jsonl file with a line for
 each example:
   {"image": "a.png", "prefix": "caption en", "suffix": "an owl on a roof"}
@@ -304,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         change = f"validation loss {first:.4g} before, {last:.4g} after"
         return f"{change}; checkpoint and model card in {output}"
 
-    return run_command(ABOUT, FineTuningConfig, run, argv)
+    return run_command(_ABOUT, FineTuningConfig, run, argv)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from .processing import (
 __all__ = ["Row", "read_rows", "train_validation_split", "read_splits", "check_lengths"]
 
 _KEYS = ("image", "prefix", "suffix")
-_SPLITS = ("train", "valid", "test")  # as annotation tools name them; "val…" is valid
+_SPLITS = ("train", "valid", "test")  # annotation tools' names; "val…" is valid, too
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Row:
 
 
 def _check_objects(prefix: str, suffix: str) -> None:
-    """Raise ValueError for an answer to `detect` or `segment` that can't be parsed."""
+    "Raise ValueError for an answer to `detect` or `segment` that can't be parsed."
     task = prefix.split()[0]
     for thing in split_objects(suffix) if task in ("detect", "segment") else ():
         has_codes = task == "detect" and not thing.segs or segs_to_codes(thing.segs)
@@ -52,8 +52,8 @@ def _check_objects(prefix: str, suffix: str) -> None:
             )
 
 
-def _parse_row(line: str, folder: Path, where: str = "") -> Row:
-    """One line of JSON → its row; ValueError for what is wrong with it."""
+def _parse_row(line: str, folder: Path, where: str) -> Row:
+    "One line of JSON → its row; ValueError for what is wrong with it."
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
@@ -63,62 +63,58 @@ def _parse_row(line: str, folder: Path, where: str = "") -> Row:
     if unknown := [key for key in values if key not in _KEYS]:
         raise ValueError(f"unknown key {unknown[0]!r}; there are {', '.join(_KEYS)}")
     for key in _KEYS:
-        if not isinstance(values.get(key), str):
-            value = values.get(key, "missing")
-            raise ValueError(f"{key!r} must be text, and is {value!r:.40}")
+        if key not in values:
+            raise ValueError(f"{key!r} is missing")
+        if not isinstance(values[key], str):
+            raise ValueError(f"{key!r} must be text, not {values[key]!r:.40}")
         if key != "suffix" and not values[key].strip():
             raise ValueError(f"{key!r} is empty")
-    row = Row(folder / values["image"], values["prefix"], values["suffix"], where)
-    check_tokens(row.prefix)
-    check_tokens(row.suffix)
-    _check_objects(row.prefix, row.suffix)
-    return row
+    for key in ("prefix", "suffix"):
+        check_tokens(values[key])
+    _check_objects(values["prefix"], values["suffix"])
+    return Row(folder / values["image"], values["prefix"], values["suffix"], where)
 
 
 def read_rows(labels: Path) -> list[Row]:
-    """The rows of a .jsonl file, each image opened once; paths from its folder.
+    """The rows of a .jsonl file; an image's path counts from the file's folder.
 
-    Raises ValueError and OSError that name file and line.
+    Raises ValueError and OSError, of each image too, that name file and line.
     """
+    rows, seen = [], set()
     try:
         lines = labels.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{labels} is not text in UTF-8: {error}") from None
-    rows, seen = [], set()
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         where = f"{Path(*labels.parts[-2:])} line {number}"
         try:
-            rows.append(_parse_row(line, labels.parent, where))
-            if rows[-1].image not in seen:
-                load_image(rows[-1].image)
+            if line.strip():
+                rows.append(_parse_row(line, labels.parent, where))
+                if rows[-1].image not in seen:
+                    load_image(rows[-1].image)
+                seen.add(rows[-1].image)
         except (OSError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None
-        seen.add(rows[-1].image)
     if not rows:
         raise ValueError(f"{labels} holds no rows")
     return rows
 
 
 def _find_splits(data: str | os.PathLike) -> dict[str, Path]:
-    """The .jsonl files of `data`: "train", maybe "valid" and "test".
-
-    A file, or a folder with one, is "train". An annotation tool's export has several,
-    with the split in their names or in those of the subfolders that hold one each.
-    Raises FileNotFoundError for none to train on, ValueError for one too many.
-    """
+    "The .jsonl files of a folder, or the one given: `train`, maybe `valid` and `test`."
     data = Path(data).expanduser()
-    direct = [data] if data.is_file() else sorted(data.glob("*.jsonl"))
-    if len(direct) == 1:
-        return {"train": direct[0]}
+    files = [data] if data.is_file() else sorted(data.glob("*.jsonl"))
+    if len(files) == 1:
+        return {"train": files[0]}
+    in_names = len(files) > 1  # or else in those of their folders
     found: dict[str, Path] = {}
-    for file in direct or sorted(data.glob("*/*.jsonl")):
-        name = (file.stem if direct else file.parent.name).lower()
-        words = re.sub(r"\bval(idation)?\b", "valid", name.replace("_", " "))
-        split = next((s for s in _SPLITS if s in re.findall(r"\w+", words)), "")
-        if split in found or direct and not split:
-            names = ", ".join(str(f.relative_to(data)) for f in (*found.values(), file))
+    files = files or sorted(data.glob("*/*.jsonl"))
+    for file in files:
+        name = (file.stem if in_names else file.parent.name).lower()
+        words = re.split(r"[\W_]+", re.sub(r"val[a-z]*", "valid", name))
+        split = next((split for split in _SPLITS if split in words), None)
+        if split in found or in_names and split is None:
+            names = ", ".join(str(file.relative_to(data)) for file in files)
             raise ValueError(f"{data} holds {names}: give the one to use as --data")
         if split:
             found[split] = file
@@ -132,7 +128,6 @@ def _find_splits(data: str | os.PathLike) -> dict[str, Path]:
 
 
 def _file_hash(path: Path) -> str:
-    """SHA-256 of a file's content."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -148,37 +143,38 @@ def train_validation_split(
     hashes = {row.image: _file_hash(row.image) for row in [*rows, *validation]}
     images = sorted({hashes[row.image] for row in rows})
     count = min(max(1, round(fraction * len(images))), len(images))
-    apart = {hashes[row.image] for row in validation}
-    apart = apart or {*random.Random(seed).sample(images, count)}
-    training = [row for row in rows if hashes[row.image] not in apart]
+    chosen = {hashes[row.image] for row in validation}
+    chosen = chosen or {*random.Random(seed).sample(images, count)}
+    training = [row for row in rows if hashes[row.image] not in chosen]
     if not training:
         raise ValueError(
             f"{len(rows)} rows about {len(images)} different images are too few: all "
             "are for validation, and none is left to train on"
         )
-    return training, list(validation) or [r for r in rows if hashes[r.image] in apart]
+    return training, list(validation) or [r for r in rows if hashes[r.image] in chosen]
 
 
 def read_splits(
     data: str | os.PathLike, validation: str, fraction: float, seed: int
 ) -> tuple[list[Row], list[Row], dict[str, str]]:
-    """(training rows, validation rows, their files' names and hashes) of a folder.
+    """(training rows, validation rows, names and hashes of their files).
 
-    `validation`: a file or folder of its own for it; "" takes the data's, or else
-    `fraction` of the images. Says which rows and files aren't used.
+    `data`: a .jsonl file, or a folder with one or with one for each split, as tools for
+    annotation write them. `validation`: a file of its own, or "". FileNotFoundError for
+    nothing to train on, ValueError for files that can't be told apart.
     """
     files = _find_splits(data)
     if validation:
         files["valid"] = _find_splits(validation)["train"]
-    test = files.pop("test", None)
+    unread = files.pop("test", None)
     rows = {split: read_rows(file) for split, file in files.items()}
     sides = train_validation_split(rows["train"], fraction, seed, rows.get("valid", ()))
     unused = sum(map(len, rows.values())) - sum(map(len, sides))
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         if unused:
             print(f"{unused} rows are about validation images: unused", file=sys.stderr)
-        if test:
-            print(f"{test} isn't read: keep it for the end", file=sys.stderr)
+        if unread:
+            print(f"{unread} isn't read: keep it for the end", file=sys.stderr)
     hashes = {s: f"{f.name}, SHA-256 {_file_hash(f)}" for s, f in files.items()}
     return *sides, hashes
 

@@ -140,7 +140,7 @@ def run_command(
 ) -> int:
     """A command with a flag for each setting that isn't `init=False`.
 
-    `run` gets (config, output, resume, stop_after) and returns what to print at the end.
+    `run` gets (config, output, resume, stop_after) and returns what to print last.
     A resumed run has its own settings, but for those that are given. Returns 0 and
     prints what `run` returns; 2 and one line for what a user can get wrong; 130, as
     shells expect, when it was interrupted.
@@ -149,6 +149,7 @@ def run_command(
         description=about,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--output", required=True, type=Path, help="folder that the result will be")
