@@ -98,15 +98,13 @@ class FineTuningConfig(TrainingConfig):
         self.train = tuple(self.train)
         self.learning_rate = self.learning_rate or (2e-4 if self.lora_rank else 1e-5)
 
-    def fit(self, num_rows: int, dtype: torch.dtype) -> "FineTuningConfig":
+    def resolve(self, num_rows: int, dtype: str) -> "FineTuningConfig":
         """A copy for so many rows, validated once an epoch, and weights in `dtype`."""
-        fitted = replace(self, dtype=str(dtype).removeprefix("torch."))
-        if fitted.dtype not in _MIXED_PRECISION:
-            raise ValueError(f"no training in {fitted.dtype}: give --dtype bfloat16")
-        fitted.mixed_precision = _MIXED_PRECISION[fitted.dtype]
-        fitted.steps = math.ceil(self.epochs * num_rows / self.batch_size)
-        fitted.eval_every = math.ceil(num_rows / self.batch_size)
-        return fitted
+        config = replace(self, dtype=dtype)
+        config.mixed_precision = _MIXED_PRECISION[dtype]
+        config.steps = math.ceil(self.epochs * num_rows / self.batch_size)
+        config.eval_every = math.ceil(num_rows / self.batch_size)
+        return config
 
 
 def _collate(rows: Sequence[Row], processor: PaliGemmaProcessor) -> dict[str, Tensor]:
@@ -116,7 +114,7 @@ def _collate(rows: Sequence[Row], processor: PaliGemmaProcessor) -> dict[str, Te
 
 
 class FineTuning:
-    """One run: everything read and checked, then `train`, then `finish`."""
+    """One run: everything read and checked, then `optimize`, then `finish`."""
 
     def __init__(self, config: FineTuningConfig, output: Path, resume: bool = False):
         check_output(output, {}, resume)  # the place alone, before anything slow
@@ -128,19 +126,17 @@ class FineTuning:
         if dtype == "auto" and device.type == "cuda":
             dtype = "16-bit"
         self.model, tokenizer = load_hf_model(config.model_path or None, device, dtype)
-        if self.model.dtype == torch.float16 and device.type == "cpu":
-            raise ValueError("no training in float16 on the CPU: give --dtype bfloat16")
+        self.output, self.resume, self.dtype = output, resume, self.model.dtype
+        name = str(self.dtype).removeprefix("torch.")
+        if name not in _MIXED_PRECISION or name == "float16" and device.type == "cpu":
+            raise ValueError(f"no training in {name} here: give --dtype bfloat16")
+        self.config = config = config.resolve(len(self.rows), name)
+        self.accelerator = make_accelerator(config.mixed_precision, config.only_cpu)
         self.processor = make_processor(self.model, tokenizer)
+        self.collate = partial(_collate, processor=self.processor)
         positions = self.model.config.text_config.max_position_embeddings
         check_lengths([*self.rows, *self.validation], self.processor, positions)
-        self.collate = partial(_collate, processor=self.processor)
-        self.config = config.fit(len(self.rows), self.model.dtype)
-        self.output, self.resume = output, resume
-        self.accelerator = make_accelerator(
-            self.config.mixed_precision, config.only_cpu
-        )
         torch.manual_seed(config.seed)  # of the adapters' initial values
-        self.dtype = self.model.dtype
         self.adapters = set_trainable(self.model, config.train, config.lora_rank)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         self.num_trained = sum(p.numel() for p in trained)
@@ -154,18 +150,19 @@ class FineTuning:
     @torch.no_grad()
     def validate(self) -> float:
         """Mean cross-entropy of a suffix token over the validation rows."""
-        us = self.accelerator  # each process takes its share
-        mine = self.validation[us.process_index :: us.num_processes]
+        shared = self.accelerator
+        mine = self.validation[shared.process_index :: shared.num_processes]
         size = self.config.micro_batch_size or self.config.batch_size
-        objective, sums = SuffixLoss(self.model), torch.zeros(2, device=us.device)
+        objective, sums = SuffixLoss(self.model), torch.zeros(2, device=shared.device)
         for start in range(0, len(mine), size):
-            batch = send_to_device(self.collate(mine[start : start + size]), us.device)
-            with us.autocast():
+            batch = self.collate(mine[start : start + size])
+            batch = send_to_device(batch, shared.device)
+            with shared.autocast():
                 sums += torch.cat([objective(batch).float(), objective.counts(batch)])
-        total, count = us.reduce(sums, "sum").tolist()
+        total, count = shared.reduce(sums, "sum").tolist()
         return total / count
 
-    def train(self, stop_after: int | None = None) -> list[dict[str, float]]:
+    def optimize(self, stop_after: int | None = None) -> list[dict[str, float]]:
         """All steps, or those up to `stop_after`; returns the log."""
         config, num_rows = self.config, len(self.rows)
         rng, order = random.Random(config.seed), []
@@ -258,7 +255,7 @@ def finetune(
     the weights in `output`. `resume`, `stop_after` and errors: as in `train`.
     """
     run = FineTuning(config, Path(output).expanduser(), resume)
-    log = run.train(stop_after)
+    log = run.optimize(stop_after)
     if stop_after is None or stop_after >= run.config.steps:
         try:
             run.finish(log)
@@ -291,8 +288,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         log = finetune(config, output, *when)
         if not output.exists():
             return f"stopped at step {log[-1]['step']}: go on with --resume"
-        first, *_, last = (e["validation_loss"] for e in log if "validation_loss" in e)
-        change = f"validation loss {first:.4g} before, {last:.4g} after"
+        loss = [entry["validation_loss"] for entry in log if "validation_loss" in entry]
+        change = f"validation loss {loss[0]:.4g} before, {loss[-1]:.4g} after"
         return f"{change}; checkpoint and model card in {output}"
 
     return run_command(_ABOUT, FineTuningConfig, run, argv)
