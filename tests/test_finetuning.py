@@ -396,6 +396,26 @@ def run(model_path, *more):
     return status([*words, *QUICK, *more])
 
 
+def test_every_epoch_has_every_row(checkpoints, folder, monkeypatch):
+    taken = []
+
+    def train(objective, dataset, *args, **given):
+        taken.append(dataset)
+        return []
+
+    monkeypatch.setattr("vlm.finetuning.train", train)
+    model = str(checkpoints / "float32")
+    for seed in (0, 1):
+        config = FineTuningConfig(
+            data="mine", model_path=model, seed=seed, only_cpu=True
+        )
+        FineTuning(config, Path("new")).optimize()
+    order, other = (dataset.indices for dataset in taken)
+    assert sorted(order[:11]) == sorted(order[11:22]) == list(range(11))
+    assert order[:11] != order[11:22] and order != other
+    assert len(order) >= 3 * 11 and len(taken[0].dataset) == 11
+
+
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     def interrupt(*args, **settings):
         raise KeyboardInterrupt

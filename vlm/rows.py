@@ -175,7 +175,7 @@ def read_splits(
             print(f"{unused} rows are about validation images: unused", file=sys.stderr)
         if unread:
             print(f"{unread} isn't read: keep it for the end", file=sys.stderr)
-    hashes = {s: f"{f.name}, SHA-256 {_file_hash(f)}" for s, f in files.items()}
+    hashes = {s: f"{f.name}, SHA-256 {_file_hash(f)[:16]}…" for s, f in files.items()}
     return *sides, hashes
 
 
