@@ -65,11 +65,8 @@ def set_trainable(
     if lora_rank:
         from peft import LoraConfig, get_peft_model  # slow to import: only when needed
 
-        targets = {
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and f"{name}.weight" in names
-        }
+        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        targets = {name for name in linear if f"{name}.weight" in names}
         if not targets:
             raise ValueError("LoRA works on linear layers, and no pattern matches one")
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank)
