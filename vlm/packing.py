@@ -1,14 +1,19 @@
-"""Sequence packing: several questions about one image in one row, with segment ids."""
+"""Sequence packing: several questions about one image in one row, with segment ids.
+
+Built in notebooks/17_training.ipynb: edit it there, then run `make export`.
+"""
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+__all__ = ["pack_questions", "packed_mask"]
+
 
 def pack_questions(
     questions: list[tuple[list[int], list[int]]], num_image_tokens: int
 ) -> dict[str, Int[Tensor, "T"]]:
-    """Several questions about one picture in one row: image, then all of them.
+    """Several questions about one image in one row: image tokens, then all of them.
 
     `questions`: (prefix ids, image tokens first; suffix ids) of each. Returns
     `input_ids`, `position_ids`, `token_type_ids` and `segment_ids` (0 image, 1, 2, …).
@@ -36,11 +41,11 @@ def pack_questions(
 def packed_mask(
     segment_ids: Int[Tensor, "B T"], token_type_ids: Int[Tensor, "B T"]
 ) -> Bool[Tensor, "B 1 T T"]:
-    """Who sees whom in packed rows (padding has question -1).
+    """Who attends to whom in packed rows (padding has segment -1).
 
-    Everyone sees the image. A question sees itself by the prefix-LM rule, and no other
-    question. The image and the first question's prompt see each other, as they will
-    when a question stands alone; if it saw the other prompts, they would meet in it.
+    Everyone attends to the image. A question attends to itself by the prefix-LM rule,
+    and to no other question. The image attends to the first question's prompt, as it
+    will when a question stands alone; through all prompts, it would mix the questions.
     """
     block = token_type_ids.cumsum(dim=1)  # [B, T]
     query, key = segment_ids[:, :, None], segment_ids[:, None, :]

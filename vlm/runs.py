@@ -1,4 +1,7 @@
-"""A training run: where it lives, its log and state, resuming, and its command line."""
+"""A training run: where it lives, its log and state, resuming, and its command line.
+
+Built in notebooks/17_training.ipynb: edit it there, then run `make export`.
+"""
 
 import argparse
 import json
@@ -8,18 +11,94 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+
+__all__ = [
+    "STATE_FILE",
+    "FREE",
+    "setting",
+    "run_folder",
+    "saved_state",
+    "save_state",
+    "publish",
+    "check_output",
+    "TrainingLog",
+    "read_switch",
+    "run_command",
+]
 
 STATE_FILE = "trainer.pt"
 # What may change when a run goes on: who computes and when it saves, not the result.
 FREE = ("micro_batch_size", "num_workers", "eval_every", "save_every")
 
 
-def setting(default: Any, help: str) -> Any:
-    """A dataclass field with a default and the help text of its flag."""
-    return field(default=default, metadata={"help": help})
+def setting(default: Any, help: str, **flag: Any) -> Any:
+    """A dataclass field with a default, the help of its flag, and more on the flag."""
+    return field(default=default, metadata={"flag": {"help": help, **flag}})
+
+
+def run_folder(output: Path) -> Path:
+    """Where a run lives until `output` is complete: a folder beside it."""
+    return output.with_name(output.name + ".unfinished")
+
+
+def saved_state(output: Path, mmap: bool = False) -> dict[str, Any]:
+    """The last state of the run that makes `output`; FileNotFoundError without one."""
+    path = run_folder(output) / STATE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no saved run in {path.parent}: leave --resume out")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+
+def save_state(output: Path, state: dict[str, Any]) -> None:
+    """Replace the run's state, in one move; OSError where it can't be written."""
+    path = run_folder(output) / STATE_FILE
+    try:
+        torch.save(state, path.with_suffix(".new"))
+        os.replace(path.with_suffix(".new"), path)
+    except (OSError, RuntimeError) as error:  # PyTorch's own writer: RuntimeError
+        path.with_suffix(".new").unlink(missing_ok=True)
+        raise OSError(
+            f"step {state['step']} can't be saved in {path.parent} ({error}): make "
+            "room, then --resume goes on from the last save"
+        ) from error
+
+
+def publish(output: Path) -> None:
+    """Let `output` appear, complete: the run's folder `result`, and the log in it."""
+    shutil.copy(run_folder(output) / "log.jsonl", run_folder(output) / "result")
+    os.replace(run_folder(output) / "result", output)
+    shutil.rmtree(run_folder(output))
+
+
+def check_output(
+    output: Path, settings: dict[str, Any], resume: bool, free: Sequence[str] = ()
+) -> None:
+    """Refuse to overwrite a result or a run, or to resume one with other settings.
+
+    Those in FREE and in `free` may differ from the saved run's.
+    Raises FileExistsError, FileNotFoundError or ValueError.
+    """
+    if output.exists():
+        raise FileExistsError(f"{output} exists already: choose another --output")
+    if not resume and (run_folder(output) / STATE_FILE).exists():
+        raise FileExistsError(
+            f"{run_folder(output)} holds an unfinished run: go on with --resume, or "
+            "remove it"
+        )
+    saved = saved_state(output, mmap=True)["settings"] if resume else settings
+    other = [
+        f"{name} {saved.get(name)!r}, not {value!r}"
+        for name, value in settings.items()
+        if saved.get(name) != value and name not in (*FREE, *free)
+    ]
+    if other:
+        raise ValueError(
+            f"the saved run has {'; '.join(other)}: resume it with its own settings, "
+            "or start a new one with another --output"
+        )
 
 
 class TrainingLog:
@@ -58,63 +137,39 @@ class TrainingLog:
                 file.write(json.dumps(self.entries[-1]) + "\n")
 
 
-def run_folder(output: Path) -> Path:
-    """Where a run lives until `output` is complete: a folder beside it."""
-    return output.with_name(output.name + ".unfinished")
+class _Parser(argparse.ArgumentParser):
+    "Raises ValueError for a wrong flag, instead of printing the usage."
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message} (--help lists all flags)")
 
 
-def saved_state(output: Path, mmap: bool = False) -> dict[str, Any]:
-    """The last state of the run that makes `output`; FileNotFoundError without one."""
-    path = run_folder(output) / STATE_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"no saved run in {path.parent}: leave --resume out")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+def read_switch(text: str) -> bool:
+    """True, yes, 1 → True and False, no, 0 → False; ValueError for anything else."""
+    if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
+        raise ValueError(f"{text!r} is neither True nor False")
+    return text.lower() in ("true", "yes", "1")
 
 
-def check_output(output: Path, settings: dict[str, Any], resume: bool) -> None:
-    """Refuse to overwrite a result or a run, or to resume one with other settings.
-
-    Raises FileExistsError, FileNotFoundError or ValueError.
-    """
-    if output.exists():
-        raise FileExistsError(f"{output} exists already: choose another --output")
-    if not resume and (run_folder(output) / STATE_FILE).exists():
-        raise FileExistsError(
-            f"{run_folder(output)} holds an unfinished run: go on with --resume, or "
-            "remove it"
-        )
-    saved = saved_state(output, mmap=True)["settings"] if resume else settings
-    other = [
-        f"{name} {saved.get(name)!r}, not {value!r}"
-        for name, value in settings.items()
-        if saved.get(name) != value and name not in FREE
-    ]
-    if other:
-        raise ValueError(
-            f"the saved run has {'; '.join(other)}: resume it with its own settings, "
-            "or start a new one with another --output"
-        )
-
-
-def save_state(output: Path, state: dict[str, Any]) -> None:
-    """Replace the run's state, in one move; OSError where it can't be written."""
-    path = run_folder(output) / STATE_FILE
-    try:
-        torch.save(state, path.with_suffix(".new"))
-        os.replace(path.with_suffix(".new"), path)
-    except (OSError, RuntimeError) as error:  # PyTorch's own writer: RuntimeError
-        path.with_suffix(".new").unlink(missing_ok=True)
-        raise OSError(
-            f"step {state['step']} can't be saved in {path.parent} ({error}): make "
-            "room, then --resume goes on from the last save"
-        ) from error
-
-
-def publish(output: Path) -> None:
-    """Let `output` appear, complete: the run's folder `result`, and the log in it."""
-    shutil.copy(run_folder(output) / "log.jsonl", run_folder(output) / "result")
-    os.replace(run_folder(output) / "result", output)
-    shutil.rmtree(run_folder(output))
+def _make_parser(about: str, config_type: type) -> argparse.ArgumentParser:
+    "A flag for each setting, and where to write and whether to go on."
+    parser = _Parser(
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--output", required=True, type=Path, help="folder that the result will be")
+    add("--resume", action="store_true", help="go on with an unfinished run")
+    add("--stop_after", type=int, help="save and stop at this step")
+    for option in fields(config_type):
+        flag = {"type": option.type} | option.metadata["flag"]
+        if option.type is bool:  # --flag is enough; --flag False takes it back
+            flag |= {"type": read_switch, "nargs": "?", "const": True}
+        flag["help"] += f" (default: {option.default})"
+        add(f"--{option.name}", **flag)
+    return parser
 
 
 def run_command(
@@ -130,30 +185,20 @@ def run_command(
     prints what `run` returns; 2 and one line for what a user can get wrong; 130, as
     shells expect, when it was interrupted.
     """
-    parser = argparse.ArgumentParser(
-        description=about, argument_default=argparse.SUPPRESS
-    )
-    add = parser.add_argument
-    add("--output", required=True, type=Path, help="folder that the result will be")
-    add("--resume", action="store_true", help="go on with an unfinished run")
-    add("--stop_after", type=int, help="save and stop at this step")
-    for option in fields(config_type):
-        text = f"{option.metadata['help']} (default: {option.default})"
-        add(f"--{option.name}", type=option.type, help=text)
-    given = vars(parser.parse_args(argv))
-    output, resume = given.pop("output").expanduser(), given.pop("resume", False)
-    stop_after = given.pop("stop_after", None)
+    status = 0
     try:
+        given = vars(_make_parser(about, config_type).parse_args(argv))
+        output, resume = given.pop("output").expanduser(), given.pop("resume", False)
+        stop_after = given.pop("stop_after", None)
         if resume:
             saved = saved_state(output, mmap=True)["settings"]
-            given = {o.name: saved[o.name] for o in fields(config_type)} | given
+            kept = [o.name for o in fields(config_type) if o.name in saved]
+            given = {name: saved[name] for name in kept} | given
         message = run(config_type(**given), output, resume, stop_after)
     except KeyboardInterrupt:
         message, status = "stopped: --resume goes on from the last save, if any", 130
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, MemoryError) as error:
         message, status = f"error: {error}", 2
-    else:
-        status = 0
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         print(message, file=sys.stderr if status else sys.stdout)
     return status

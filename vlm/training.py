@@ -1,4 +1,7 @@
-"""The trainer: accumulated steps, schedule, exact resume, log; for every objective."""
+"""The trainer: accumulated steps, schedule, exact resume, log; for every objective.
+
+Built in notebooks/17_training.ipynb: edit it there, then run `make export`.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,12 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import (
-    Accelerator,
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-)
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -31,44 +31,21 @@ from .runs import (
 )
 from .weights import require_space
 
-WARMUP = 0.05  # of the steps: AdamW's second moments need some hundred to settle
-BETAS = (0.9, 0.98)  # .999 remembers 1,000 steps, as long as a short run
-MAX_GRAD_NORM = 1.0  # as in PaliGemma; a rare steep batch can't undo a hundred others
-LOG_EVERY = 10  # steps: a line's losses are their mean
-
-
-@dataclass(kw_only=True)
-class TrainingConfig:
-    """The settings that every run has; `batch_size` is over all processes together.
-
-    Raises ValueError for a value that can't be.
-    """
-
-    steps: int = setting(1000, "updates of the weights")
-    batch_size: int = setting(64, "examples an update, all processes together")
-    micro_batch_size: int = setting(0, "examples at once in a process; 0: all of them")
-    learning_rate: float = setting(1e-3, "peak, after the warm-up")
-    weight_decay: float = setting(0.0, "of matrices; vectors have none")
-    mixed_precision: str = setting("no", "no, bf16 or fp16")
-    seed: int = setting(0, "of data and initial values")
-    num_workers: int = setting(0, "processes that prepare data")
-    eval_every: int = setting(0, "steps between validations; 0: only at the end")
-    save_every: int = setting(500, "steps between saves; 0: only at the end")
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, not {getattr(self, name)}"
-                )
-        for option in fields(self):
-            value = getattr(self, option.name)
-            if option.type in (int, float) and not 0 <= value < math.inf:
-                raise ValueError(f"{option.name} must not be negative, not {value}")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(
-                f"mixed_precision is no, bf16 or fp16, not {self.mixed_precision!r}"
-            )
+__all__ = [
+    "WARMUP",
+    "BETAS",
+    "MAX_GRAD_NORM",
+    "LOG_EVERY",
+    "Objective",
+    "SuffixLoss",
+    "learning_rate_at",
+    "make_optimizer",
+    "make_accelerator",
+    "micro_batches",
+    "training_step",
+    "TrainingConfig",
+    "train",
+]
 
 
 class Objective(nn.Module):
@@ -106,6 +83,12 @@ class SuffixLoss(Objective):
         length -= self.model.config.vision_config.num_image_tokens
         loss = self.model(**batch, logits_to_keep=length)["loss"]  # a mean
         return loss * self.counts(batch)
+
+
+WARMUP = 0.05  # of the steps: AdamW's second moments need some hundred to settle
+BETAS = (0.9, 0.98)  # .999 remembers 1,000 steps, as long as a short run
+MAX_GRAD_NORM = 1.0  # as in PaliGemma; a rare steep batch can't undo a hundred others
+LOG_EVERY = 10  # steps: a line's losses are their mean
 
 
 def learning_rate_at(step: int, steps: int, peak: float) -> float:
@@ -153,11 +136,17 @@ def make_accelerator(mixed_precision: str = "no", cpu: bool = False) -> Accelera
     )
 
 
+def micro_batches(items: list[Any], collate: Callable, size: int) -> list[Any]:
+    """Items → batches of at most `size` (0: one of all), each made by `collate`."""
+    size = size or len(items)
+    return [collate(items[i : i + size]) for i in range(0, len(items), size)]
+
+
 def training_step(
     accelerator: Accelerator,
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: Sequence[dict[str, Tensor]],
+    micro_batches: Sequence[Any],
     learning_rate: float,
 ) -> dict[str, float]:
     """One update from this process's micro-batches; returns the batch's losses.
@@ -191,6 +180,36 @@ def training_step(
     return dict(zip(plain.names, values, strict=True))
 
 
+@dataclass(kw_only=True)
+class TrainingConfig:
+    """The settings that every run has; `batch_size` is over all processes together.
+
+    Raises ValueError for a value that can't be.
+    """
+
+    steps: int = setting(1000, "updates of the weights")
+    batch_size: int = setting(64, "examples an update, all processes together")
+    micro_batch_size: int = setting(0, "examples at once in a process; 0: all of them")
+    learning_rate: float = setting(1e-3, "peak, after the warm-up")
+    weight_decay: float = setting(0.0, "of matrices; vectors have none")
+    mixed_precision: str = setting("no", "no, bf16 or fp16")
+    seed: int = setting(0, "of data and initial values")
+    num_workers: int = setting(0, "processes that prepare data")
+    eval_every: int = setting(0, "steps between validations; 0: only at the end")
+    save_every: int = setting(500, "steps between saves; 0: only at the end")
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            name, value = option.name, getattr(self, option.name)
+            least = 1 if name in ("steps", "batch_size") else 0
+            if option.type in (int, float) and not least <= value < math.inf:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
+        if self.mixed_precision not in ("no", "bf16", "fp16"):
+            raise ValueError(
+                f"mixed_precision is no, bf16 or fp16, not {self.mixed_precision!r}"
+            )
+
+
 def _trained(objective: nn.Module) -> dict[str, Tensor]:
     "What a step may change: parameters that aren't frozen, and buffers."
     parameters = objective.named_parameters()
@@ -198,16 +217,68 @@ def _trained(objective: nn.Module) -> dict[str, Tensor]:
     return trained | dict(objective.named_buffers())
 
 
-def micro_batches(items: list[Any], collate: Callable, size: int) -> list[Any]:
-    """Items → batches of at most `size` (0: one of all), each made by `collate`."""
-    size = size or len(items)
-    return [collate(items[i : i + size]) for i in range(0, len(items), size)]
+def _make_state(
+    objective: nn.Module, optimizer: Any, accelerator: Accelerator
+) -> dict[str, Any]:
+    "All that the next step depends on, but for the data."
+    state = {"trained": _trained(objective), "optimizer": optimizer.state_dict()}
+    state["generator"] = torch.get_rng_state()
+    if accelerator.scaler:  # float16's loss scaling
+        state["scaler"] = accelerator.scaler.state_dict()
+    return state
+
+
+@torch.no_grad()
+def _restore(
+    objective: nn.Module, optimizer: Any, accelerator: Accelerator, state: dict
+) -> None:
+    "Put back what `_make_state` took."
+    for name, tensor in _trained(objective).items():
+        tensor.copy_(state["trained"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["generator"])
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _open_run(
+    objective: nn.Module,
+    settings: dict[str, Any],
+    output: Path | None,
+    resume: bool,
+    free: Sequence[str],
+) -> dict[str, Any]:
+    "The state to go on from; refuses a wrong folder and a disk that is too small."
+    if output is None and resume:
+        raise ValueError("resume needs the output whose run is to go on")
+    if output is None:
+        return {"step": 0}
+    check_output(output, settings, resume, free)
+    size = 3 * sum(t.nbytes for t in _trained(objective).values())  # and two moments
+    require_space(run_folder(output), size if resume else 2 * size)
+    return saved_state(output) if resume else {"step": 0}
+
+
+def _make_loader(
+    dataset: Dataset, collate: Callable, config: TrainingConfig, first: int, last: int
+) -> DataLoader:
+    "The batches of the steps after `first`, up to `last`, each in micro-batches."
+    return DataLoader(
+        Subset(dataset, range(first * config.batch_size, last * config.batch_size)),
+        batch_size=config.batch_size,
+        collate_fn=partial(
+            micro_batches, collate=collate, size=config.micro_batch_size
+        ),
+        num_workers=config.num_workers,
+        # Of its own: an iterator draws a number, and ours must be as they were.
+        generator=torch.Generator().manual_seed(config.seed),
+    )
 
 
 def train(
     objective: Objective,
     dataset: Dataset,
-    collate: Callable[[list[Any]], dict[str, Tensor]],
+    collate: Callable[[list[Any]], Any],
     config: TrainingConfig,
     output: Path | None = None,
     resume: bool = False,
@@ -215,6 +286,7 @@ def train(
     schedule: Callable[[int], float] | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     about: dict[str, Any] | None = None,
+    free: Sequence[str] = (),
     accelerator: Accelerator | None = None,
 ) -> list[dict[str, float]]:
     """Train `objective` in place; returns the log, one dict a line.
@@ -223,8 +295,9 @@ def train(
     item should depend on its index alone. `output`: where the caller will `publish` the
     result; log and state lie in its `run_folder` (None: nothing is written).
     `stop_after`: save and stop at this step. `schedule(step)`, step from 0: another one
-    than `learning_rate_at`. `evaluate(step)`: more to log, every `eval_every` steps and
-    last. `about`: what else must be the same when a run is resumed.
+    than `learning_rate_at`. `evaluate(step)`: more to log, every `eval_every` steps
+    (then also before the first) and last. `about`: what else must be the same when a
+    run is resumed, but for the names in `free`.
     Raises as `check_output` and `training_step`; ValueError for a batch that the
     processes can't share, OSError for a full disk.
     """
@@ -235,61 +308,45 @@ def train(
             f"{config.batch_size} evenly: change --batch_size"
         )
     settings = asdict(config) | (about or {})
-    plain, state = objective, {"step": 0}
-    if output:
-        check_output(output, settings, resume)
-        size = 3 * sum(t.nbytes for t in _trained(plain).values())  # and two moments
-        require_space(run_folder(output), size if resume else 2 * size)
-        state = saved_state(output) if resume else state
+    state = _open_run(objective, settings, output, resume, free)
     first, last = state["step"], min(stop_after or config.steps, config.steps)
     if stop_after is not None and stop_after <= first:
         raise ValueError(f"stop_after={stop_after}: the run is at step {first} already")
-    optimizer = make_optimizer(plain, config.learning_rate, config.weight_decay)
-    loader = DataLoader(
-        Subset(dataset, range(first * config.batch_size, last * config.batch_size)),
-        batch_size=config.batch_size,
-        collate_fn=partial(
-            micro_batches, collate=collate, size=config.micro_batch_size
-        ),
-        num_workers=config.num_workers,
+    plain, main = objective, accelerator.is_main_process
+    objective, optimizer, loader = accelerator.prepare(
+        plain,
+        make_optimizer(plain, config.learning_rate, config.weight_decay),
+        _make_loader(dataset, collate, config, first, last),
     )
-    objective, optimizer, loader = accelerator.prepare(plain, optimizer, loader)
     torch.manual_seed(config.seed)
     if resume:
-        with torch.no_grad():
-            for name, tensor in _trained(plain).items():
-                tensor.copy_(state["trained"][name])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["generator"])
-        if accelerator.scaler:
-            accelerator.scaler.load_state_dict(state["scaler"])
-    main = accelerator.is_main_process
+        _restore(plain, optimizer, accelerator, state)
+    del state  # three times the weights
     log = TrainingLog(run_folder(output) if output and main else None, first)
-    bar = tqdm(range(first + 1, last + 1), "training", disable=None if main else True)
     schedule = schedule or partial(
         learning_rate_at, steps=config.steps, peak=config.learning_rate
     )
+    objective.eval()
+    if evaluate and config.eval_every and first == 0:
+        log.write(0, **evaluate(0))
     objective.train()
+    bar = tqdm(range(first + 1, last + 1), "training", disable=None if main else True)
     for step, parts in zip(bar, loader):
         rate = schedule(step - 1)
         log.add(training_step(accelerator, objective, optimizer, parts, rate))
-        saves = step == last or config.save_every and step % config.save_every == 0
-        judged = step == config.steps
-        judged = judged or config.eval_every and step % config.eval_every == 0
-        if saves or judged or step % LOG_EVERY == 0:
+        saves = step == last or step % (config.save_every or last) == 0
+        evaluates = step % (config.eval_every or config.steps) == 0
+        evaluates = evaluates or step == config.steps
+        if saves or evaluates or step % LOG_EVERY == 0:
             log.write(step, learning_rate=rate)
             bar.set_postfix(log.entries[-1], refresh=False)
-        if evaluate and judged:
+        if evaluate and evaluates:
             objective.eval()
             log.write(step, **evaluate(step))
             objective.train()
         if output and main and saves:
-            state = {"step": step, "settings": settings, "trained": _trained(plain)}
-            state |= {"optimizer": optimizer.state_dict()}
-            state |= {"generator": torch.get_rng_state()}
-            if accelerator.scaler:
-                state |= {"scaler": accelerator.scaler.state_dict()}
-            save_state(output, state)
+            state = _make_state(plain, optimizer, accelerator)
+            save_state(output, {"step": step, "settings": settings} | state)
     accelerator.wait_for_everyone()
     objective.eval()
     return log.entries
