@@ -18,9 +18,9 @@ PATCH_TARGETS = ("patch_classes", "patch_boxes", "patch_masks")
 
 
 def patch_targets(
-    scene: Scene, patch_size: int, min_fraction: float = 0.2
+    scene: Scene, side: int, min_fraction: float = 0.2
 ) -> dict[str, Tensor]:
-    """What each patch shows, by the names in `PATCH_TARGETS`.
+    """What each of side × side patches shows, by the names in `PATCH_TARGETS`.
 
     A patch shows the object that covers most of it, if that is more than
     `min_fraction` of its pixels. Classes [N] count from 1 in the order of `all_kinds`,
@@ -29,7 +29,7 @@ def patch_targets(
     are the object's. Boxes and masks are zero for background.
     """
     size = scene.image.width
-    side = size // patch_size
+    patch_size = size // side
     owner = scene.owner.reshape(side, patch_size, side, patch_size)
     owner = owner.swapaxes(1, 2).reshape(side * side, -1)  # [N, patch pixels]
     index = np.arange(-1, len(scene.objects))  # background, then the objects
