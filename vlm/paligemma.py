@@ -112,16 +112,15 @@ class PaliGemmaForConditionalGeneration(nn.Module):
     def embed_inputs(
         self,
         input_ids: Int[Tensor, "B T"],
-        pixel_values: Float[Tensor, "pictures C S S"] | None,
+        image_features: Float[Tensor, "pictures N D"] | None,
     ) -> Float[Tensor, "B T D"]:
         """Token embeddings, with the pictures' features at the image tokens."""
         image_mask = input_ids == self.config.image_token_index  # [B, T]
         # The image token's id may lie outside the table, and its row is never used.
         token_ids = input_ids.masked_fill(image_mask, self.config.pad_token_id)
         inputs_embeds = self.language_model.model.embed(token_ids)  # [B, T, D]
-        if pixel_values is not None:
-            features = self.encode_images(pixel_values)  # [pictures, N, D]
-            features = share_pictures(features, input_ids.shape[0])  # [B, N, D]
+        if image_features is not None:
+            features = share_pictures(image_features, input_ids.shape[0])  # [B, N, D]
             return merge_image_features(inputs_embeds, features, image_mask)
         if may_read(image_mask) and image_mask.any():
             raise ValueError("image tokens need pixel_values and an empty cache")
@@ -138,6 +137,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         position_ids: Int[Tensor, "B T"] | None = None,
         logits_to_keep: int = 0,
         output_attentions: bool = False,
+        output_image_hidden_states: bool = False,
     ) -> dict[str, Any]:
         """One pass: prefill, training, or a decode step with a filled cache.
 
@@ -148,21 +148,27 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         - `labels`: ids to learn, or -100. `logits_to_keep`: the last n places, 0 all.
 
         Returns `logits` [B, T, V], `kv_cache`, `loss` given labels, `attentions` (each
-        layer's [B, H, T, M]) if asked. Raises ValueError where shapes disagree, and
+        layer's [B, H, T, M]) and `image_hidden_states` ([pictures, N, D], as they come
+        out of the projector) if asked. Raises ValueError where shapes disagree, and
         where image tokens and pictures do: on the CPU, elsewhere the logits are NaN.
         """
         if labels is not None and token_type_ids is None:
             raise ValueError("labels need token_type_ids, or answers see their future")
         past = kv_cache.num_items() if kv_cache is not None else 0
         mask, places = place_tokens(input_ids, past, attention_mask, token_type_ids)
+        image_features = None
+        if pixel_values is not None and not past:
+            image_features = self.encode_images(pixel_values)  # [pictures, N, D]
         outputs = self.language_model(
-            inputs_embeds=self.embed_inputs(input_ids, None if past else pixel_values),
+            inputs_embeds=self.embed_inputs(input_ids, image_features),
             attention_mask=mask,  # [B, 1, T, M]
             kv_cache=kv_cache,
             position_ids=places if position_ids is None else position_ids,
             logits_to_keep=logits_to_keep,
             output_attentions=output_attentions,
         )
+        if output_image_hidden_states:
+            outputs["image_hidden_states"] = image_features
         if labels is not None:
             check_ids("labels", labels, input_ids.shape)
             labels = labels[:, -logits_to_keep:]  # -0 keeps all of them
