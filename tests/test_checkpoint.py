@@ -33,7 +33,6 @@ def test_fits_and_is_complete():
         "preprocessor_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
-        "training_log.jsonl",
     }
 
 

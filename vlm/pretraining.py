@@ -37,9 +37,9 @@ from .weights import EMBEDDED, load_hf_model, make_processor, save_hf_model
 __all__ = [
     "BOX_WEIGHT",
     "PretrainingConfig",
-    "two_phase_schedule",
     "soft_targets",
     "PretrainingObjective",
+    "two_phase_schedule",
     "validation_loss",
     "write_card",
     "run",
@@ -88,14 +88,6 @@ class PretrainingConfig(TrainingConfig):
             )
         if self.vision_steps and not self.auxiliary_weight:
             raise ValueError("no auxiliary losses, no vision phase: --vision_steps 0")
-
-
-def two_phase_schedule(step: int, config: PretrainingConfig) -> float:
-    """The learning rate at `step` (from 0): warm-up and cosine, once in each phase."""
-    first, peak = config.vision_steps, config.learning_rate
-    if step < first:
-        return learning_rate_at(step, first, peak)
-    return learning_rate_at(step - first, config.steps - first, peak)
 
 
 def soft_targets(codebook: Codebook) -> Float[Tensor, "128 128"]:
@@ -188,6 +180,14 @@ class PretrainingObjective(Objective):
             features = self.model.encode_images(batch["pixel_values"])  # [B, N, D]
             text = torch.zeros((), device=features.device)
         return torch.cat([text[None], self.heads(features, batch)])
+
+
+def two_phase_schedule(step: int, config: PretrainingConfig) -> float:
+    """The learning rate at `step` (from 0): warm-up and cosine, once in each phase."""
+    first, peak = config.vision_steps, config.learning_rate
+    if step < first:
+        return learning_rate_at(step, first, peak)
+    return learning_rate_at(step - first, config.steps - first, peak)
 
 
 @torch.no_grad()
