@@ -7,6 +7,8 @@ import json
 import random
 import re
 import shutil
+import subprocess
+import sys
 from base64 import b64decode
 
 import numpy as np
@@ -529,6 +531,16 @@ def test_folders_that_hold_no_masks(vqvae, tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(ValueError, match="can't be read"):
         MaskDecoder.from_pretrained(tmp_path)
+
+
+def test_reading_masks_needs_neither_scenes_nor_a_trainer():
+    code = "import sys, vlm.mask_tokens; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    modules = done.stdout.split()
+    assert "vlm.mask_tokens" in modules
+    assert not {"vlm.scenes", "vlm.training"} & {*modules}
 
 
 # The shipped weights

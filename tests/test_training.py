@@ -319,13 +319,13 @@ train(objective(kind=NoisyLoss), Deadly(), collate, config, Path({output!r}))
 
 
 def test_a_run_that_is_killed_between_saves_goes_on(tmp_path):
-    """SIGKILL in the fifth step, after the save of the third and a line at the fourth.
+    """SIGKILL as the fifth step begins (its successor is loaded), two after a save.
 
     Nothing tidies up.
     """
     output = tmp_path / "out"
     tests = str(ROOT / "tests")
-    script = SCRIPT.format(tests=tests, deadly=4 * 4 + 2, output=str(output))
+    script = SCRIPT.format(tests=tests, deadly=5 * 4 + 2, output=str(output))
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
