@@ -496,6 +496,17 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(checkpoints, folder, capsys):
     assert Path("new/log.jsonl").read_text() == Path("parts/log.jsonl").read_text()
 
 
+def test_the_place_and_the_rows_are_checked_before_weights_are_loaded(
+    checkpoints, folder, capsys, monkeypatch
+):
+    monkeypatch.setattr("vlm.finetuning.load_hf_model", lambda *given: 1 / 0)
+    assert run(checkpoints / "float32", "--output", "mine") == 2
+    assert "mine exists already" in capsys.readouterr().err
+    spoil(folder, 1, "{")
+    assert run(checkpoints / "float32") == 2
+    assert "line 1: not valid JSON" in capsys.readouterr().err
+
+
 def test_an_adapter_may_be_asked_for_when_a_run_goes_on(checkpoints, folder):
     model, words = checkpoints / "float32", ["--lora_rank", "2"]
     assert run(model, *words, "--stop_after", "2") == 0
