@@ -292,11 +292,15 @@ def test_rows_fit_the_positions(processor, vqvae):
     )
 
 
-def test_masks_encoded_together_are_as_one_by_one(vqvae):
+def test_masks_encoded_together_are_as_one_by_one():
+    vqvae = MaskVQVAE.from_pretrained(EMBEDDED)
     scene = make_scene(12, styles=TRAINING_STYLES)
-    lookup = encode_masks(scene, vqvae)
+    lookup, seen = encode_masks(scene, vqvae), set()
     for thing in scene.objects:
-        assert lookup(thing.cropped_mask) == vqvae.encode_mask(thing.cropped_mask)
+        codes = lookup(thing.cropped_mask)
+        assert codes == vqvae.encode_mask(thing.cropped_mask)
+        seen.add(tuple(codes))
+    assert len(seen) == len(scene.objects) > 1
 
 
 def test_the_first_items_have_no_questions(processor, vqvae):
@@ -314,8 +318,8 @@ def test_the_first_items_have_no_questions(processor, vqvae):
 # The objective
 
 
-def test_soft_targets_by_hand(vqvae):
-    codebook = vqvae.decoder.codebook
+def test_soft_targets_by_hand():
+    codebook = MaskDecoder.from_pretrained(EMBEDDED).codebook
     targets = soft_targets(codebook)
     torch.testing.assert_close(targets.sum(dim=1), torch.ones(128))
     assert torch.equal(targets.argmax(dim=1), torch.arange(128))
@@ -610,6 +614,8 @@ def test_ablations_are_made_row_by_row(small, monkeypatch, tmp_path, capsys):
     where = ["--runs", str(tmp_path), "--table", str(table), "--scenes", "1"]
     command = ["ablate.py", *where, "--only", "vision", "--seeds", "0", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--", *more.split()])
+    flags = ablate.SHORT + f" --seed 1 {more} --vision_steps 0 --stop_after 1"
+    assert main(["--output", str(tmp_path / "3-1"), *flags.split()]) == 0
     ablate.main()
     entries = json.loads(table.read_text())
     assert [(e["row"], e["seed"]) for e in entries] == [
@@ -620,8 +626,9 @@ def test_ablations_are_made_row_by_row(small, monkeypatch, tmp_path, capsys):
         assert "--vision_steps 0" in entry["command"] and entry["pictures"] == 4
         assert entry["validation loss"] == 1.5
         assert 0 <= entry["caption F1"] <= 1 and "mask IoU" in entry
+    assert ["--resume" in call for call in calls] == [False, True]
     ablate.main()  # nothing is left to do
-    assert len(calls) == 2
+    assert json.loads(table.read_text()) == entries and len(calls) == 2
     capsys.readouterr()
 
 
