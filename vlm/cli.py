@@ -70,7 +70,8 @@ class OneLineParser(argparse.ArgumentParser):
                 raise ValueError(f"unknown flag {flag}: {hint}")
         options, stray = self.parse_known_args(args, namespace)
         if stray:
-            raise ValueError(f"{stray[0]!r} belongs to no flag: quote what has spaces")
+            hint = "put what has spaces in quotes"
+            raise ValueError(f"{stray[0]!r} belongs to no flag: {hint}")
         return options
 
 

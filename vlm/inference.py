@@ -167,7 +167,7 @@ def make_settings(
         return GenerationSettings(**sampling)
     except ValueError as error:
         message = str(error).replace("max_new_tokens", "max_tokens_to_generate")
-        raise ValueError(message) from None
+        raise ValueError(message.removesuffix(", or None")) from None
 
 
 def test_inference(
