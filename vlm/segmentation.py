@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import floor
 from numbers import Integral
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,8 +29,10 @@ from .processing import (
     segs_to_codes,
 )
 from .sampling import Generation
-from .scenes import SceneObject
 from .weights import ADAPTER_CONFIG, adapter_base, find_checkpoint
+
+if TYPE_CHECKING:  # running a model needs no renderer
+    from .scenes import SceneObject
 
 __all__ = [
     "GOOGLE_DECODER",
@@ -177,7 +180,7 @@ def draw_segmentations(
 
 
 def object_ious(
-    found: Sequence[Segmentation], things: Sequence[SceneObject]
+    found: Sequence[Segmentation], things: "Sequence[SceneObject]"
 ) -> list[float]:
     """The mask IoU of each true thing with the found one that it is matched with.
 
@@ -206,7 +209,7 @@ def object_ious(
 
 
 def mean_iou(
-    found: Sequence[Sequence[Segmentation]], things: Sequence[Sequence[SceneObject]]
+    found: Sequence[Sequence[Segmentation]], things: "Sequence[Sequence[SceneObject]]"
 ) -> float:
     """The mean of `object_ious` over all true things of all pictures together.
 

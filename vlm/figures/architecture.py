@@ -51,7 +51,8 @@ BOXES = (
     Box("weights", 442, 316, 80, 40, EXTRA, "weights", "files"),
     Box("speed", 536, 316, 80, 40, EXTRA, "speed", "hardware"),
     Box("finetuning", 634, 316, 98, 40, EXTRA, "finetuning", "your data"),
-    Box("inference", 742, 316, 98, 40, EXTRA, "inference", "one command"),
+    Box("inference", 742, 284, 98, 32, EXTRA, "inference"),
+    Box("playground", 742, 324, 98, 32, EXTRA, "playground"),
 )
 FRAME = {"config", "paligemma"}  # these chapters are about the whole model
 MODULES = {box.module for box in BOXES} | FRAME
