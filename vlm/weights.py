@@ -22,6 +22,8 @@ from torch.overrides import TorchFunctionMode
 from .config import PaliGemmaConfig
 from .devices import FLOAT_TYPES, choose_device, choose_dtype
 from .hub import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
     COMPANIONS,
     EMBEDDED,
     INDEX_FILE,
@@ -199,6 +201,10 @@ def read_config(folder: Path) -> PaliGemmaConfig:
     return config
 
 
+def _companions_in(folder: Path) -> list[str]:
+    return [name for name in COMPANIONS if (folder / name).is_file()]
+
+
 def _fit_model(
     config: PaliGemmaConfig, tensors: dict[str, StoredTensor]
 ) -> PaliGemmaForConditionalGeneration:
@@ -230,8 +236,9 @@ def load_hf_model(
     if (base := adapter_base(folder)) is not None:
         from .lora import apply_adapter  # imports peft, which is slow
 
+        files = (ADAPTER_CONFIG, ADAPTER_FILE)
         model, tokenizer = load_hf_model(base, device, dtype)
-        apply_adapter(model, find_checkpoint(model_path, revision))
+        apply_adapter(model, find_checkpoint(model_path, revision, files))
         return model, tokenizer
     config, tokenizer = read_config(folder), load_tokenizer(folder)
     if (folder / INDEX_FILE).is_file() and not any(folder.glob("*.safetensors")):
@@ -257,10 +264,8 @@ def make_processor(
     vision, ours = model.config.vision_config, model.config.image_token_index
     theirs = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if theirs != ours:
-        raise ValueError(
-            f"{IMAGE_TOKEN} is {theirs} for the tokenizer and {ours} in the model's "
-            "config: give each model its own tokenizer"
-        )
+        differ = f"{IMAGE_TOKEN} is {theirs} for the tokenizer, {ours} for the model"
+        raise ValueError(f"{differ}: give each model its own tokenizer")
     return PaliGemmaProcessor(tokenizer, vision.num_image_tokens, vision.image_size)
 
 
@@ -285,10 +290,6 @@ def side_files(config: PaliGemmaConfig) -> dict[str, dict[str, Any]]:
     }
 
 
-def _companions_in(folder: Path) -> list[str]:
-    return [name for name in COMPANIONS if (folder / name).is_file()]
-
-
 def _companions_of(
     model: PaliGemmaForConditionalGeneration,
     folder: Path,
@@ -304,16 +305,12 @@ def _companions_of(
     if companions_from is not None:
         names = there or COMPANIONS[:1]
     if gone := {*names} - {*there}:
-        raise FileNotFoundError(
-            f"no {min(gone)} in {source}, and this model's masks need it: give the "
-            "folder that holds it as companions_from"
-        )
+        needed = f"no {min(gone)} in {source}, and this model's masks need it"
+        raise FileNotFoundError(f"{needed}: give its folder as companions_from")
     others = {*_companions_in(folder)} - {*names}
     if others and source.resolve() != folder.resolve():
-        raise ValueError(
-            f"{folder} holds another model's {min(others)}: save elsewhere, or give "
-            "companions_from"
-        )
+        there = f"{folder} holds another model's {min(others)}"
+        raise ValueError(f"{there}: save elsewhere, or give companions_from")
     return [source / name for name in names]
 
 
