@@ -147,8 +147,8 @@ def read_weights(
 ) -> None:
     """Put `tensors` into an empty model, one at a time.
 
-    On the CPU in the file's own dtype they stay mapped from the file, not copied;
-    elsewhere one at a time is in memory twice, while it is converted or moved.
+    On the CPU in the file's own dtype they stay mapped from the file, not copied.
+    Otherwise only the one that is converted or moved is in memory twice.
     Raises ValueError where an output head in the files isn't the embedding.
     """
     state: dict[str, Tensor] = {}
@@ -309,8 +309,8 @@ def _companions_of(
         raise FileNotFoundError(f"{needed}: give its folder as companions_from")
     others = {*_companions_in(folder)} - {*names}
     if others and source.resolve() != folder.resolve():
-        there = f"{folder} holds another model's {min(others)}"
-        raise ValueError(f"{there}: save elsewhere, or give companions_from")
+        other = f"{folder} holds another model's {min(others)}"
+        raise ValueError(f"{other}: save elsewhere, or give companions_from")
     return [source / name for name in names]
 
 
@@ -355,7 +355,7 @@ def save_hf_model(
     Larger than `max_shard_size` (like "5GB") it becomes shards and an index. The mask
     tokens' files come along, from where the model was loaded or `companions_from`.
     Everything is checked, then written beside its place, and moved there when complete.
-    Raises ValueError, FileNotFoundError or OSError; what was in `folder` is there then.
+    Raises ValueError, FileNotFoundError or OSError, and leaves `folder` as it was.
     """
     folder = Path(folder).expanduser()
     model, state = _tensors_to_save(model)
@@ -385,7 +385,7 @@ def describe_model(
     model: PaliGemmaForConditionalGeneration,
     model_path: str | os.PathLike | None = None,
 ) -> str:
-    """Which model gave an answer, in a sentence: its name, size, dtype and device."""
+    """One sentence on the model that gave an answer: name, size, dtype and device."""
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     size = f"{millions:,.1f} M parameters, {model.dtype}, {model.device}"
     if model_path is not None and Path(model_path).expanduser() != EMBEDDED:
