@@ -596,7 +596,7 @@ def test_only_the_decoder_of_a_hub_checkpoint_is_fetched(monkeypatch, tmp_path):
         asked.append((name, revision, sorted(allow_patterns)))
         return str(tmp_path)  # a checkpoint without one
 
-    monkeypatch.setattr("vlm.weights.snapshot_download", fetch)
+    monkeypatch.setattr("vlm.hub.snapshot_download", fetch)
     with pytest.raises(ValueError, match="owner/model@v1 has no mask decoder"):
         load_mask_decoder("owner/model@v1")
     wanted = ["adapter_config.json", "mask_decoder.safetensors", "vae-oid.npz"]
