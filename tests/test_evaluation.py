@@ -17,6 +17,7 @@ from vlm.evaluation import (
     table,
     write_results,
 )
+from vlm.hub import EMBEDDED
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
 from vlm.sampling import Generation, generate
 from vlm.scenes import (
@@ -37,7 +38,7 @@ from vlm.scenes import (
     segment_question,
     style_kinds,
 )
-from vlm.weights import EMBEDDED, load_hf_model, make_processor
+from vlm.weights import load_hf_model, make_processor
 
 SEEDS = VALIDATION_SEEDS[:6]
 SCENES = [make_scene(seed, 64) for seed in SEEDS]

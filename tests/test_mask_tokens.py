@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from vlm.figures import mask_codes
 from vlm.figures.codes import REACH
+from vlm.hub import EMBEDDED
 from vlm.mask_tokens import (
     DECODER_FILE,
     ENCODER_FILE,
@@ -32,7 +33,6 @@ from vlm.mask_tokens import (
     mask_iou,
 )
 from vlm.scenes import VALIDATION_SEEDS, make_scene
-from vlm.weights import EMBEDDED
 
 # The tensors of Google's file and their shapes.
 BLOCK = {

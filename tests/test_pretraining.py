@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from vlm import pretraining, scene_dataset
 from vlm.auxiliary import BACKGROUND_WEIGHT, AuxiliaryHeads, patch_targets
 from vlm.config import PaliGemmaConfig
+from vlm.hub import EMBEDDED
 from vlm.initialization import (
     embedded_config,
     fourier_locs,
@@ -48,7 +49,7 @@ from vlm.scenes import (
     make_scene,
 )
 from vlm.training import SuffixLoss, train
-from vlm.weights import EMBEDDED, load_hf_model
+from vlm.weights import load_hf_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = PretrainingConfig(

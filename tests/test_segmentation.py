@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vlm.detection import Detection, ParsedObjects, draw_detections
+from vlm.hub import EMBEDDED
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
 from vlm.processing import box_to_locs, load_image, loc_token, locs_to_box, seg_token
 from vlm.sampling import Generation
@@ -29,7 +30,6 @@ from vlm.segmentation import (
     paste_mask,
     pixel_span,
 )
-from vlm.weights import EMBEDDED
 
 BOX = "<loc0100><loc0200><loc0300><loc0400>"  # y0 x0 y1 x1
 SEGS = "".join(seg_token(code) for code in range(16))

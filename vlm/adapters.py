@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from .hub import ADAPTER_FILE, parse_hub_id
 from .paligemma import PaliGemmaForConditionalGeneration
-from .weights import ADAPTER_FILE, _hub_id
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -101,7 +101,7 @@ def save_adapter(adapters: "PeftModel", folder: Path, base: str) -> None:
     tensors = {re.sub(ours, r"model.\1.", name): t for name, t in saved.items()}
     layers = {name.partition(".lora_")[0] for name in tensors}
     config = adapters.peft_config["default"]
-    config.base_model_name_or_path, config.revision = _hub_id(base) or (base, None)
+    config.base_model_name_or_path, config.revision = parse_hub_id(base) or (base, None)
     config.target_modules = {name.removeprefix("base_model.model.") for name in layers}
     shutil.rmtree(folder, ignore_errors=True)
     config.save_pretrained(folder)

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from .captioning import exact_share, kinds_f1
 from .detection import Detection, average_precision, parse_detections
+from .hub import find_checkpoint
 from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
@@ -44,7 +45,7 @@ from .scenes import (
     style_kinds,
 )
 from .segmentation import load_mask_decoder, mean_iou, parse_segmentations
-from .weights import find_checkpoint, load_hf_model, make_processor
+from .weights import load_hf_model, make_processor
 
 __all__ = ["SPLITS", "silent_fraction", "evaluate", "table", "write_results", "main"]
 

@@ -29,6 +29,7 @@ from .adapters import (
     save_adapter,
     set_trainable,
 )
+from .hub import EMBEDDED, find_checkpoint, parse_hub_id, require_space
 from .processing import PaliGemmaProcessor
 from .rows import Row, check_lengths, read_splits
 from .runs import (
@@ -40,15 +41,7 @@ from .runs import (
     setting,
 )
 from .training import SuffixLoss, TrainingConfig, make_accelerator, train
-from .weights import (
-    EMBEDDED,
-    _hub_id,
-    find_checkpoint,
-    load_hf_model,
-    make_processor,
-    require_space,
-    save_hf_model,
-)
+from .weights import load_hf_model, make_processor, save_hf_model
 
 __all__ = ["FineTuningConfig", "FineTuning", "finetune", "main"]
 
@@ -218,7 +211,7 @@ def _write_card(folder: Path, run: FineTuning, log: list[dict[str, float]]) -> N
     Of the rows only counts are told: a card is public, and prompts may not be.
     """
     path = run.config.model_path
-    hub_id, revision = _hub_id(path or EMBEDDED) or (None, None)
+    hub_id, revision = parse_hub_id(path or EMBEDDED) or (None, None)
     metadata = ModelCardData(
         library_name="peft" if run.config.save_adapter else "transformers",
         pipeline_tag="image-text-to-text",

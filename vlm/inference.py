@@ -193,8 +193,8 @@ def test_inference(
     Raises FileNotFoundError, ValueError and TypeError that say what to do.
     """
     from .answers import print_answers
+    from .devices import choose_device
     from .processing import PaliGemmaProcessor, load_image
-    from .weights import choose_device
 
     check_decoder(prompt, decoder)
     if not isinstance(processor, PaliGemmaProcessor):

@@ -25,6 +25,7 @@ from .answers import (
 )
 from .cli import user_message
 from .figures import playground as html
+from .hub import EMBEDDED
 from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import ImageLike, PaliGemmaProcessor, load_image
@@ -32,13 +33,7 @@ from .prompts import check_decoder, prompt_warnings
 from .sampling import Generation, GenerationSettings
 from .scenes import ASSETS, VALIDATION_SEEDS, all_kinds, make_scene
 from .segmentation import load_mask_decoder
-from .weights import (
-    EMBEDDED,
-    describe_model,
-    load_chosen_model,
-    load_hf_model,
-    make_processor,
-)
+from .weights import describe_model, load_chosen_model, load_hf_model, make_processor
 
 __all__ = [
     "HALF",

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .auxiliary import AuxiliaryHeads
+from .hub import EMBEDDED
 from .initialization import new_model
 from .mask_tokens import Codebook, MaskDecoder, MaskVQVAE
 from .packing import packed_mask
@@ -32,7 +33,7 @@ from .training import (
     make_accelerator,
     train,
 )
-from .weights import EMBEDDED, load_hf_model, make_processor, save_hf_model
+from .weights import load_hf_model, make_processor, save_hf_model
 
 __all__ = [
     "BOX_WEIGHT",

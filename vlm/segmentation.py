@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .detection import COLORS, Detection, ParsedObjects, draw_detections, split_objects
+from .hub import ADAPTER_CONFIG, adapter_base, find_checkpoint
 from .mask_tokens import DECODER_FILE, MaskDecoder, mask_iou
 from .processing import (
     Box,
@@ -29,7 +30,6 @@ from .processing import (
     segs_to_codes,
 )
 from .sampling import Generation
-from .weights import ADAPTER_CONFIG, adapter_base, find_checkpoint
 
 if TYPE_CHECKING:  # running a model needs no renderer
     from .scenes import SceneObject

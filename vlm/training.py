@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from tqdm import tqdm
 
+from .hub import require_space
 from .paligemma import PaliGemmaForConditionalGeneration
 from .runs import (
     TrainingLog,
@@ -29,7 +30,6 @@ from .runs import (
     saved_state,
     setting,
 )
-from .weights import require_space
 
 __all__ = [
     "WARMUP",
