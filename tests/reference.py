@@ -159,7 +159,7 @@ SENTENCES = (
 
 @cache
 def trained_tokenizer():
-    from vlm.scenes import train_tokenizer
+    from vlm.world_tokenizer import train_tokenizer
 
     return train_tokenizer(SENTENCES, num_pieces=512)
 

@@ -19,8 +19,9 @@ from vlm.captioning import (
 )
 from vlm.config import PaliGemmaConfig
 from vlm.processing import PaliGemmaProcessor
+from vlm.questions import caption
 from vlm.sampling import Generation, generate_tokens
-from vlm.scenes import VALIDATION_SEEDS, caption, make_scene
+from vlm.scenes import VALIDATION_SEEDS, make_scene
 
 SCENES = [make_scene(seed, 64) for seed in VALIDATION_SEEDS[:20]]
 TRUTHS = [caption(scene) for scene in SCENES]

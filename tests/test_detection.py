@@ -29,8 +29,9 @@ from vlm.detection import (
     split_objects,
 )
 from vlm.processing import box_to_locs, loc_token, seg_token
+from vlm.questions import detect_question
 from vlm.sampling import Generation
-from vlm.scenes import VALIDATION_SEEDS, detect_question, make_scene
+from vlm.scenes import VALIDATION_SEEDS, make_scene
 
 BOX = "<loc0100><loc0200><loc0300><loc0400>"
 SEGS = "".join(seg_token(code) for code in range(16))

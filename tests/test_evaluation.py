@@ -5,6 +5,7 @@ import json
 import pytest
 
 from vlm import evaluation
+from vlm.backgrounds import UNSEEN_PHOTOS, draw_background, load_photo, photo_crops
 from vlm.evaluation import (
     SPLITS,
     _ask_model,
@@ -19,23 +20,16 @@ from vlm.evaluation import (
 )
 from vlm.hub import EMBEDDED
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
+from vlm.questions import EMPTY_CAPTION, Question, detect_question, segment_question
 from vlm.sampling import Generation, generate
 from vlm.scenes import (
-    EMPTY_CAPTION,
     TEST_SEEDS,
     TEST_STYLE,
-    UNSEEN_PHOTOS,
     VALIDATION_SEEDS,
     VALIDATION_STYLE,
-    Question,
     all_kinds,
-    detect_question,
-    draw_background,
-    load_photo,
     make_scene,
-    photo_crops,
     plan_scene,
-    segment_question,
     style_kinds,
 )
 from vlm.weights import load_hf_model, make_processor

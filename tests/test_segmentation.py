@@ -16,8 +16,9 @@ from vlm.detection import Detection, ParsedObjects, draw_detections
 from vlm.hub import EMBEDDED
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
 from vlm.processing import box_to_locs, load_image, loc_token, locs_to_box, seg_token
+from vlm.questions import segment_question
 from vlm.sampling import Generation
-from vlm.scenes import VALIDATION_SEEDS, SceneObject, make_scene, segment_question
+from vlm.scenes import VALIDATION_SEEDS, SceneObject, make_scene
 from vlm.segmentation import (
     GOOGLE_DECODER,
     GOOGLE_SHA256,

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlm.scenes import VALIDATION_SEEDS, caption, make_scene
+from vlm.questions import caption
+from vlm.scenes import VALIDATION_SEEDS, make_scene
 
 SCENE = Path(__file__).resolve().parent.parent / "vlm/assets/examples/scene.png"
 SEED = 1_000_000_417  # an elephant, a candle, a pig, an owl and a bat

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import ImageLike, PaliGemmaProcessor
+from .questions import parse_caption
 from .sampling import Generation, TextDecoder, generate_tokens
-from .scenes import Scene, parse_caption
+from .scenes import Scene
 
 __all__ = [
     "check_pairs",

@@ -17,31 +17,31 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from .backgrounds import UNSEEN_PHOTOS, load_photo, photo_crops
 from .captioning import exact_share, kinds_f1
 from .detection import Detection, average_precision, parse_detections
 from .hub import find_checkpoint
 from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
-from .sampling import Generation, generate_tokens
-from .scenes import (
+from .questions import (
     EMPTY_CAPTION,
-    TEST_SEEDS,
-    TEST_STYLE,
-    UNSEEN_PHOTOS,
-    VALIDATION_SEEDS,
-    VALIDATION_STYLE,
     Question,
-    Scene,
     absent_kind,
-    all_kinds,
     caption_question,
     count_question,
-    load_photo,
-    make_scene,
-    photo_crops,
     presence_question,
     relation_questions,
+)
+from .sampling import Generation, generate_tokens
+from .scenes import (
+    TEST_SEEDS,
+    TEST_STYLE,
+    VALIDATION_SEEDS,
+    VALIDATION_STYLE,
+    Scene,
+    all_kinds,
+    make_scene,
     style_kinds,
 )
 from .segmentation import load_mask_decoder, mean_iou, parse_segmentations

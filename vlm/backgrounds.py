@@ -1,0 +1,132 @@
+"""Backgrounds of synthetic scenes: flat colors, gradients, textures, photographs.
+
+Built in notebooks/15_scenes.ipynb: edit it there, then run `make export`.
+"""
+
+import math
+import random
+from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageFilter
+
+from .processing import Box
+
+__all__ = [
+    "PHOTOS",
+    "UNSEEN_PHOTOS",
+    "TRAINING_PHOTO_FRACTION",
+    "load_photo",
+    "draw_background",
+    "photo_crops",
+]
+
+PHOTOS = tuple("astronaut brick camera china coffee flower grass gravel".split())
+UNSEEN_PHOTOS = ("chelsea", "rocket")  # never backgrounds: they show one of the kinds
+TRAINING_PHOTO_FRACTION = 2 / 3  # of a photograph's width, from the left
+
+
+@cache
+def load_photo(name: str) -> Image.Image:
+    """One of the photographs in `vlm/assets/photos`, as an RGB image.
+
+    Raises FileNotFoundError for an unknown name.
+    """
+    with (files("vlm") / "assets" / "photos" / f"{name}.jpg").open("rb") as file:
+        return Image.open(file).convert("RGB")
+
+
+def _random_color(rng: random.Random) -> tuple[int, int, int]:
+    return (rng.randrange(256), rng.randrange(256), rng.randrange(256))
+
+
+def _blend(
+    start: Sequence[int], end: Sequence[int], weight: Float[np.ndarray, "S S"]
+) -> Image.Image:
+    """The first color where `weight` is 0, the second where it is 1."""
+    channels = [(a + (b - a) * weight).astype(np.uint8) for a, b in zip(start, end)]
+    return Image.fromarray(np.dstack(channels))  # [S, S, 3]
+
+
+def _gradient(rng: random.Random, image_size: int) -> Image.Image:
+    """One color fades into another, in any direction."""
+    start, end = _random_color(rng), _random_color(rng)
+    angle = rng.uniform(0, 2 * math.pi)
+    axis = np.linspace(-0.5, 0.5, image_size)
+    weight = axis[None, :] * math.cos(angle) + axis[:, None] * math.sin(angle) + 0.5
+    return _blend(start, end, weight.clip(0, 1))
+
+
+def _texture(rng: random.Random, image_size: int) -> Image.Image:
+    """Blotches of two colors: a few random cells, enlarged smoothly."""
+    cells = rng.choice((4, 8, 16, 32))
+    noise = np.frombuffer(rng.randbytes(cells * cells), np.uint8).reshape(cells, cells)
+    size = (image_size, image_size)
+    blotches = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    return _blend(_random_color(rng), _random_color(rng), np.asarray(blotches) / 255)
+
+
+@cache
+def _photo_region(name: str, region: Box) -> Image.Image:
+    """A region of a photograph, given in fractions of its width and height."""
+    photo = load_photo(name)
+    return photo.crop([round(p * s) for p, s in zip(region, photo.size * 2)])
+
+
+def _random_crop(
+    photo: Image.Image, smallest: float, rng: random.Random, image_size: int
+) -> Image.Image:
+    """A square crop, at least `smallest` of the shorter side, resized."""
+    side = rng.uniform(smallest, 1.0) * min(photo.size)
+    left = rng.uniform(0, photo.width - side)
+    top = rng.uniform(0, photo.height - side)
+    window = (left, top, left + side, top + side)
+    size = (image_size, image_size)
+    return photo.resize(size, Image.Resampling.BILINEAR, box=window)
+
+
+def draw_background(
+    seed: int, image_size: int, photo_fraction: float = 1.0
+) -> Image.Image:
+    """A flat color, a gradient, a texture or, twice as often, a crop of a photograph.
+
+    Crops come from the left `photo_fraction` of the width; half are flipped, half
+    blurred.
+    """
+    rng = random.Random(seed)
+    style = rng.choice(("flat", "gradient", "texture", "photo", "photo"))
+    if style == "flat":
+        return Image.new("RGB", (image_size, image_size), _random_color(rng))
+    if style == "gradient":
+        return _gradient(rng, image_size)
+    if style == "texture":
+        return _texture(rng, image_size)
+    photo = _photo_region(rng.choice(PHOTOS), (0.0, 0.0, photo_fraction, 1.0))
+    crop = _random_crop(photo, 0.25, rng, image_size)
+    if rng.random() < 0.5:
+        crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    if rng.random() < 0.5:
+        crop = crop.filter(ImageFilter.BoxBlur(rng.uniform(0, image_size / 40)))
+    return crop
+
+
+def photo_crops(
+    split: str, num_crops: int, image_size: int = 128, seed: int = 0
+) -> list[Image.Image]:
+    """Square crops of photographs that no training background shows.
+
+    They come from beyond `TRAINING_PHOTO_FRACTION`: the upper half for the split
+    "validation", the lower half for "test". The astronaut is left out: a rocket, one of
+    the kinds, stands behind her. Raises ValueError for another split.
+    """
+    if split not in ("validation", "test"):
+        raise ValueError(f'split must be "validation" or "test", not {split!r}')
+    top = 0.0 if split == "validation" else 0.5
+    region = (TRAINING_PHOTO_FRACTION, top, 1.0, top + 0.5)
+    photos = [_photo_region(name, region) for name in PHOTOS if name != "astronaut"]
+    rng = random.Random(seed)
+    turns = (photos[index % len(photos)] for index in range(num_crops))
+    return [_random_crop(photo, 0.5, rng, image_size) for photo in turns]
