@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from vlm import pretraining, scene_dataset
 from vlm.auxiliary import BACKGROUND_WEIGHT, AuxiliaryHeads, patch_targets
+from vlm.backgrounds import TRAINING_PHOTO_FRACTION
 from vlm.config import PaliGemmaConfig
 from vlm.hub import EMBEDDED
 from vlm.initialization import (
@@ -37,11 +38,10 @@ from vlm.pretraining import (
     validation_loss,
 )
 from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
+from vlm.questions import EMPTY_CAPTION
 from vlm.runs import run_folder
 from vlm.scene_dataset import SceneDataset, collate, encode_masks
 from vlm.scenes import (
-    EMPTY_CAPTION,
-    TRAINING_PHOTO_PART,
     TRAINING_SEEDS,
     TRAINING_STYLES,
     VALIDATION_SEEDS,
@@ -234,8 +234,8 @@ def test_only_training_seeds_styles_and_photographs(processor, vqvae, monkeypatc
     for seed, styles, options in drawn:
         assert seed in TRAINING_SEEDS and seed not in VALIDATION_SEEDS
         assert tuple(styles) == TRAINING_STYLES
-        assert options["photo_part"] == TRAINING_PHOTO_PART
-        assert 0 < options["empty_prob"] < 0.1 and options["vary"] > 0
+        assert options["photo_fraction"] == TRAINING_PHOTO_FRACTION
+        assert 0 < options["empty_prob"] < 0.1 and options["augment_prob"] > 0
 
 
 def texts(row, processor):

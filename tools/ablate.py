@@ -19,9 +19,10 @@ from pathlib import Path
 from vlm.captioning import exact_share, kinds_f1
 from vlm.detection import Detection, average_precision, parse_detections
 from vlm.pretraining import PretrainingConfig
+from vlm.questions import count_question
 from vlm.runs import STATE_FILE, run_folder
 from vlm.sampling import generate_tokens
-from vlm.scenes import VALIDATION_SEEDS, count_question, make_scene
+from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.segmentation import load_mask_decoder, mean_iou, parse_segmentations
 from vlm.weights import load_hf_model, make_processor
 

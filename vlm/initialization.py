@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from .config import PaliGemmaConfig
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import IMAGE_TOKEN, NUM_LOCS, loc_token
-from .scenes import train_tokenizer, world_sentences
+from .world_tokenizer import tokenizer_corpus, train_tokenizer
 
 __all__ = [
     "sincos_positions",
@@ -119,7 +119,7 @@ def embedded_config(tokenizer: object, num_key_value_heads: int = 1) -> PaliGemm
 def make_tokenizer(num_scenes: int = 3000) -> PreTrainedTokenizerFast:
     """The tokenizer of the world of stickers, as transformers saves and loads it."""
     return PreTrainedTokenizerFast(
-        tokenizer_object=train_tokenizer(world_sentences(num_scenes)),
+        tokenizer_object=train_tokenizer(tokenizer_corpus(num_scenes)),
         pad_token="<pad>",
         eos_token="<eos>",
         bos_token="<bos>",

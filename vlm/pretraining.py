@@ -22,9 +22,10 @@ from .mask_tokens import Codebook, MaskDecoder, MaskVQVAE
 from .packing import packed_mask
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import NUM_SEGS, PaliGemmaProcessor, seg_token
+from .questions import sample_question
 from .runs import publish, run_command, run_folder, setting
 from .scene_dataset import TASKS, SceneDataset, collate, encode_masks
-from .scenes import ASSETS, VALIDATION_SEEDS, make_scene, sample_question
+from .scenes import ASSETS, VALIDATION_SEEDS, make_scene
 from .training import (
     Objective,
     SuffixLoss,

@@ -12,22 +12,16 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from .auxiliary import PATCH_TARGETS, patch_targets
+from .backgrounds import TRAINING_PHOTO_FRACTION
 from .mask_tokens import MaskVQVAE, crop_to_square
 from .packing import pack_questions
 from .processing import PaliGemmaProcessor, image_to_pixels
-from .scenes import (
-    TRAINING_PHOTO_PART,
-    TRAINING_SEEDS,
-    TRAINING_STYLES,
-    EncodeMask,
-    Scene,
-    make_scene,
-    sample_question,
-)
+from .questions import EncodeMask, sample_question
+from .scenes import TRAINING_SEEDS, TRAINING_STYLES, Scene, make_scene
 
 __all__ = [
     "TASKS",
-    "JITTER_PROB",
+    "AUGMENT_PROB",
     "EMPTY_PROB",
     "encode_masks",
     "SceneDataset",
@@ -35,7 +29,7 @@ __all__ = [
 ]
 
 TASKS = ("caption", "detect", "segment", "count", "relation", "presence")
-JITTER_PROB = 0.2  # of the stickers; a style never seen differs in colors above all
+AUGMENT_PROB = 0.2  # of the stickers; a style never seen differs in colors above all
 EMPTY_PROB = 0.05  # of the scenes: enough to learn that nothing may be there
 
 
@@ -77,9 +71,9 @@ class SceneDataset(Dataset):
             TRAINING_SEEDS[index],
             processor.image_size,
             TRAINING_STYLES,
-            vary=JITTER_PROB,
+            augment_prob=AUGMENT_PROB,
             empty_prob=EMPTY_PROB,
-            photo_part=TRAINING_PHOTO_PART,
+            photo_fraction=TRAINING_PHOTO_FRACTION,
         )
         item = patch_targets(scene, math.isqrt(processor.num_image_tokens))
         item["pixel_values"] = image_to_pixels(scene.image, processor.image_size)
