@@ -56,18 +56,28 @@ class PretrainingConfig(TrainingConfig):
     First `vision_steps` of image encoder and projector, then the rest of everything.
     """
 
+    # In batches of 64, 1.15 million pictures, none twice.
     steps: int = setting(18_000, "updates of the weights, in both phases together")
+    # A step of the first phase takes a fifth of the time of a later one.
     vision_steps: int = setting(2000, "of them in the first phase; 0: no such phase")
+    # Less padding than in 64 rows together, and less memory.
     micro_batch_size: int = setting(8, "images at once in a process; 0: all of them")
     weight_decay: float = setting(0.05, "of matrices; vectors have none")
     num_workers: int = setting(2, "processes that draw scenes")
+    # One of each task: a picture costs more than a question.
     questions_per_image: int = setting(6, "packed into one row; 1: no packing")
+    # There are three; together they weigh about as much as the text.
     auxiliary_weight: float = setting(0.3, "of the auxiliary losses; 0: none of them")
+    # Which pixels are the object's: what `segment` will be asked.
     mask_weight: float = setting(1.0, "of masks among them; 0: no masks")
+    # Four of ten suffix tokens are seg tokens, and each of them matters little.
     seg_weight: float = setting(0.5, "of a seg token; any other token of a suffix: 1")
+    # Many codes draw nearly the same outline.
     seg_targets: str = setting("soft", "soft, or hard: one right code")
+    # Neighbors begin as neighbors.
     loc_init: str = setting("fourier", "of loc embeddings: fourier or random")
     position_init: str = setting("sincos", "of patch positions: sincos or random")
+    # PaliGemma's own number.
     num_key_value_heads: int = setting(1, "of the decoder: 1, 2 or 4")
     mask_tokens: str = setting(str(EMBEDDED), "folder with mask encoder and decoder")
     evaluation_scenes: int = setting(500, "in the model card's table; 0: no table")
