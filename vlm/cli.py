@@ -46,7 +46,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def __init__(self, **options: Any):
         raw = argparse.RawDescriptionHelpFormatter  # a description keeps its lines
-        super().__init__(formatter_class=raw, allow_abbrev=False, **options)
+        super().__init__(formatter_class=raw, **options)
 
     def add_switch(self, flag: str, help: str) -> None:
         """A flag, False by default, that takes `--flag`, `--flag True` or `… False`."""
