@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ALL_BUT_VISION",
-    "match_parameters",
     "set_trainable",
     "merge_adapters",
     "save_adapter",

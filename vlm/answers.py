@@ -26,7 +26,6 @@ __all__ = [
     "parse_answer",
     "draw_answer",
     "format_table",
-    "to_coco",
     "answer_warnings",
     "print_answers",
 ]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from .config import PaliGemmaConfig
 from .scenes import Scene, all_kinds
 
-__all__ = ["PATCH_TARGETS", "BACKGROUND_WEIGHT", "patch_targets", "AuxiliaryHeads"]
+__all__ = ["PATCH_TARGETS", "patch_targets", "AuxiliaryHeads"]
 
 PATCH_TARGETS = ("patch_classes", "patch_boxes", "patch_masks")
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 __all__ = [
-    "read_switch",
     "read_path",
     "OneLineParser",
     "printable",

@@ -5,7 +5,7 @@ Built in notebooks/14_weights.ipynb: edit it there, then run `make export`.
 
 import torch
 
-__all__ = ["FLOAT_TYPES", "choose_device", "has_bfloat16", "choose_dtype"]
+__all__ = ["FLOAT_TYPES", "choose_device", "choose_dtype"]
 
 FLOAT_TYPES = {  # by their names in a safetensors header
     "F64": torch.float64,

@@ -47,7 +47,7 @@ from .scenes import (
 from .segmentation import load_mask_decoder, mean_iou, parse_segmentations
 from .weights import load_hf_model, make_processor
 
-__all__ = ["SPLITS", "silent_fraction", "evaluate", "table", "write_results", "main"]
+__all__ = ["evaluate", "write_results"]
 
 # The seeds of a split's scenes, and its style, which training never draws.
 SPLITS = {

@@ -43,8 +43,6 @@ from .runs import (
 from .training import SuffixLoss, TrainingConfig, make_accelerator, train
 from .weights import load_hf_model, make_processor, save_hf_model
 
-__all__ = ["FineTuningConfig", "FineTuning", "finetune", "main"]
-
 # What may change when a run goes on: where rows are (their hash stays), what it needs.
 _FREE = ("data", "validation", "save_adapter", "gradient_checkpointing", "only_cpu")
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}

@@ -26,7 +26,6 @@ __all__ = [
     "COMPANIONS",
     "ADAPTER_CONFIG",
     "ADAPTER_FILE",
-    "ALL_FILES",
     "STAGED",
     "EXAMPLE",
     "parse_hub_id",

@@ -26,21 +26,6 @@ if TYPE_CHECKING:  # importing torch takes seconds: --help and typos don't wait 
     from .processing import PaliGemmaProcessor
     from .sampling import GenerationSettings
 
-__all__ = [
-    "ABOUT",
-    "TOO_LARGE",
-    "build_parser",
-    "find_images",
-    "drawing_paths",
-    "make_settings",
-    "test_inference",
-    "load_images",
-    "load_parts",
-    "choose_sampling",
-    "run",
-    "main",
-]
-
 ABOUT = """
 Ask a vision-language model about a picture, or about many. The answer appears as it is
 made; boxes and masks are listed in pixels of the picture and drawn into --output.

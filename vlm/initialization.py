@@ -16,14 +16,7 @@ from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import IMAGE_TOKEN, NUM_LOCS, loc_token
 from .world_tokenizer import tokenizer_corpus, train_tokenizer
 
-__all__ = [
-    "sincos_positions",
-    "fourier_locs",
-    "initialize",
-    "embedded_config",
-    "make_tokenizer",
-    "new_model",
-]
+__all__ = ["new_model"]
 
 
 def sincos_positions(side: int, width: int) -> Float[Tensor, "N D"]:

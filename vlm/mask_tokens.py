@@ -23,16 +23,9 @@ from torch.nn import functional as F
 from .processing import NUM_SEGS
 
 __all__ = [
-    "MASK_SIDE",
-    "GRID_SIDE",
-    "CODES_PER_MASK",
-    "CODE_WIDTH",
     "DECODER_FILE",
-    "ENCODER_FILE",
     "crop_to_square",
     "mask_iou",
-    "ResidualBlock",
-    "MaskModule",
     "MaskEncoder",
     "Codebook",
     "MaskDecoder",

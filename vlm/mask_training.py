@@ -24,14 +24,6 @@ from .runs import publish, run_command, run_folder, setting
 from .scenes import TRAINING_SEEDS, TRAINING_STYLES, VALIDATION_SEEDS, make_scene
 from .training import Objective, TrainingConfig, make_accelerator, train
 
-__all__ = [
-    "MaskObjective",
-    "MaskDataset",
-    "MaskTrainingConfig",
-    "train_mask_tokens",
-    "main",
-]
-
 
 class MaskObjective(Objective):
     """Reconstruction and commitment, each a mean over a mask, summed over masks."""

@@ -22,7 +22,7 @@ from .merging import (
 from .projector import PaliGemmaMultiModalProjector
 from .siglip import SiglipVisionModel
 
-__all__ = ["next_token_loss", "place_tokens", "PaliGemmaForConditionalGeneration"]
+__all__ = ["PaliGemmaForConditionalGeneration"]
 
 
 def next_token_loss(

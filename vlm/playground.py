@@ -35,21 +35,6 @@ from .scenes import ASSETS, VALIDATION_SEEDS, all_kinds, make_scene
 from .segmentation import load_mask_decoder
 from .weights import describe_model, load_chosen_model, load_hf_model, make_processor
 
-__all__ = [
-    "HALF",
-    "OUT_OF_MEMORY",
-    "shipped_images",
-    "example_prompts",
-    "read_image",
-    "field",
-    "Controls",
-    "OutputPanel",
-    "bind_events",
-    "report_errors",
-    "Playground",
-    "playground",
-]
-
 
 def shipped_images() -> dict[str, Path]:
     """The images that come with the book: a scene, then the photographs, by name."""

@@ -36,18 +36,6 @@ from .training import (
 )
 from .weights import load_hf_model, make_processor, save_hf_model
 
-__all__ = [
-    "BOX_WEIGHT",
-    "PretrainingConfig",
-    "soft_targets",
-    "PretrainingObjective",
-    "two_phase_schedule",
-    "validation_loss",
-    "write_card",
-    "run",
-    "main",
-]
-
 
 @dataclass(kw_only=True)
 class PretrainingConfig(TrainingConfig):

@@ -6,7 +6,7 @@ Built in notebooks/24_inference.ipynb: edit it there, then run `make export`.
 import re
 from typing import Any
 
-__all__ = ["TASKS", "LANGUAGES", "check_prompt", "prompt_warnings", "check_decoder"]
+__all__ = ["check_prompt", "prompt_warnings", "check_decoder"]
 
 # First words of the prompts; the last four are known to `pt` checkpoints only.
 TASKS = ("caption", "answer", "detect", "segment", "cap", "describe", "ocr", "question")

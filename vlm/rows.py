@@ -22,7 +22,7 @@ from .processing import (
     segs_to_codes,
 )
 
-__all__ = ["Row", "read_rows", "train_validation_split", "read_splits", "check_lengths"]
+__all__ = ["Row", "read_splits", "check_lengths"]
 
 _KEYS = ("image", "prefix", "suffix")
 _SPLITS = ("train", "valid", "test")  # annotation tools' names; "val…" is valid, too

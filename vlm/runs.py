@@ -16,9 +16,6 @@ from typing import Any, NoReturn
 import torch
 
 __all__ = [
-    "STATE_FILE",
-    "FREE",
-    "OUT_OF_MEMORY",
     "setting",
     "run_folder",
     "saved_state",
@@ -26,7 +23,6 @@ __all__ = [
     "publish",
     "check_output",
     "TrainingLog",
-    "read_switch",
     "run_command",
 ]
 

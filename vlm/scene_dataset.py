@@ -19,14 +19,7 @@ from .processing import PaliGemmaProcessor, image_to_pixels
 from .questions import EncodeMask, sample_question
 from .scenes import TRAINING_SEEDS, TRAINING_STYLES, Scene, make_scene
 
-__all__ = [
-    "TASKS",
-    "AUGMENT_PROB",
-    "EMPTY_PROB",
-    "encode_masks",
-    "SceneDataset",
-    "collate",
-]
+__all__ = ["TASKS", "encode_masks", "SceneDataset", "collate"]
 
 TASKS = ("caption", "detect", "segment", "count", "relation", "presence")
 AUGMENT_PROB = 0.2  # of the stickers; a style never seen differs in colors above all

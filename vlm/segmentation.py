@@ -34,19 +34,7 @@ from .sampling import Generation
 if TYPE_CHECKING:  # running a model needs no renderer
     from .scenes import SceneObject
 
-__all__ = [
-    "GOOGLE_DECODER",
-    "GOOGLE_BYTES",
-    "GOOGLE_SHA256",
-    "Segmentation",
-    "pixel_span",
-    "paste_mask",
-    "parse_segmentations",
-    "draw_segmentations",
-    "object_ious",
-    "mean_iou",
-    "load_mask_decoder",
-]
+__all__ = ["parse_segmentations", "draw_segmentations", "mean_iou", "load_mask_decoder"]
 
 # The decoder of Google's checkpoints: its name, size and fingerprint.
 GOOGLE_DECODER = "vae-oid.npz"

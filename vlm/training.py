@@ -32,17 +32,10 @@ from .runs import (
 )
 
 __all__ = [
-    "WARMUP",
-    "BETAS",
-    "MAX_GRAD_NORM",
-    "LOG_EVERY",
     "Objective",
     "SuffixLoss",
     "learning_rate_at",
-    "make_optimizer",
     "make_accelerator",
-    "micro_batches",
-    "training_step",
     "TrainingConfig",
     "train",
 ]

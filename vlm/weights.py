@@ -39,18 +39,9 @@ from .processing import IMAGE_TOKEN, PaliGemmaProcessor
 from .shards import StoredTensor, find_tensors, missing_file, read_index
 
 __all__ = [
-    "RENAMES",
-    "EMBEDDING",
-    "TIED",
     "canonical_name",
-    "check_tensors",
-    "empty_model",
-    "read_weights",
-    "load_tokenizer",
-    "read_config",
     "load_hf_model",
     "make_processor",
-    "side_files",
     "save_hf_model",
     "describe_model",
     "load_chosen_model",
