@@ -7,11 +7,10 @@ import argparse
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -135,41 +134,6 @@ class TrainingLog:
                 file.write(json.dumps(self.entries[-1]) + "\n")
 
 
-class _Parser(argparse.ArgumentParser):
-    "Raises ValueError for a wrong flag, instead of printing the usage."
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (--help lists all flags)")
-
-
-def read_switch(text: str) -> bool:
-    """True, yes, 1 → True and False, no, 0 → False; ValueError for anything else."""
-    if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
-        raise ValueError(f"{text!r} is neither True nor False")
-    return text.lower() in ("true", "yes", "1")
-
-
-def _make_parser(about: str, config_type: type) -> argparse.ArgumentParser:
-    "A flag for each setting, and where to write and whether to go on."
-    parser = _Parser(
-        description=about,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--output", required=True, type=Path, help="folder that the result will be")
-    add("--resume", action="store_true", help="go on with an unfinished run")
-    add("--stop_after", type=int, help="save and stop at this step")
-    for option in (o for o in fields(config_type) if o.init):
-        flag = {"type": option.type} | option.metadata["flag"]
-        if option.type is bool:  # --flag is enough; --flag False takes it back
-            flag |= {"type": read_switch, "nargs": "?", "const": True}
-        flag["help"] += f" (default: {option.default})"
-        add(f"--{option.name}", **flag)
-    return parser
-
-
 def run_command(
     about: str,
     config_type: type,
@@ -179,13 +143,26 @@ def run_command(
     """A command with a flag for each setting that isn't `init=False`.
 
     `run` gets (config, output, resume, stop_after), and returns what to print at last.
-    A resumed run has its own settings, but for those that are given. Returns 0 and
-    prints what `run` returns; 2 and one line for what a user can get wrong; 130, as
-    shells expect, when it was interrupted.
+    A resumed run has its own settings, but for those that are given. Returns the exit
+    status, as `run_main`.
     """
-    status = 0
-    try:
-        given = vars(_make_parser(about, config_type).parse_args(argv))
+    from .cli import OneLineParser, run_main  # chapter 24's
+
+    parser = OneLineParser(description=about, argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--output", required=True, type=Path, help="folder that the result will be")
+    parser.add_switch("--resume", "go on with an unfinished run")
+    add("--stop_after", type=int, help="save and stop at this step")
+    for option in (o for o in fields(config_type) if o.init):
+        flag = {"type": option.type, **option.metadata["flag"]}
+        help = f"{flag.pop('help')} (default: {option.default})"
+        if option.type is bool:
+            parser.add_switch(f"--{option.name}", help)
+        else:
+            add(f"--{option.name}", help=help, **flag)
+
+    def command() -> None:
+        given = vars(parser.parse_args(argv))
         output, resume = given.pop("output").expanduser(), given.pop("resume", False)
         stop_after = given.pop("stop_after", None)
         if resume:
@@ -193,15 +170,8 @@ def run_command(
             kept = [o.name for o in fields(config_type) if o.init and o.name in saved]
             given = {name: saved[name] for name in kept} | given
         message = run(config_type(**given), output, resume, stop_after)
-    except KeyboardInterrupt:
-        message, status = "stopped: --resume goes on from the last save, if any", 130
-    except (OSError, ValueError, FloatingPointError) as error:
-        message, status = f"error: {error}", 2
-    except (MemoryError, RuntimeError) as error:
-        # CUDA, MPS and the CPU have no type for it in common.
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
-            raise
-        message, status = f"error: out of memory: {OUT_OF_MEMORY}", 2
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-        print(message, file=sys.stderr if status else sys.stdout)
-    return status
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+            print(message)
+
+    stopped = "stopped: --resume goes on from the last save, if any"
+    return run_main(command, OUT_OF_MEMORY, stopped)
