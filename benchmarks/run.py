@@ -30,8 +30,9 @@ from vlm import (
     load_hf_model,
     save_hf_model,
 )
+from vlm.hub import find_checkpoint
 from vlm.scenes import VALIDATION_SEEDS, make_scene
-from vlm.weights import find_checkpoint, make_processor
+from vlm.weights import make_processor
 
 NEW_TOKENS = 32
 

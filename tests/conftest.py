@@ -43,6 +43,31 @@ def tokenizer():
 
 
 @pytest.fixture(scope="module")
+def model():
+    """A tiny model with random weights; leave it as it is."""
+    from reference import pair
+
+    torch.manual_seed(0)
+    return pair()[0]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(model, tokenizer, tmp_path_factory):
+    """Its checkpoint, in one file; leave it as it is."""
+    from vlm.weights import save_hf_model
+
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_hf_model(model, tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path):
+    """A copy of that checkpoint, to break."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
 def browser():
     """A headless Chromium, where there is one."""
     playwright = pytest.importorskip("playwright.sync_api")

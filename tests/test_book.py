@@ -102,6 +102,16 @@ def test_exported_cells_name_their_module():
         assert ("export-tab" in text) == (ROOT / "vlm" / f"{module}.py").exists()
 
 
+def test_a_chapter_names_every_module_that_it_builds():
+    for name in CHAPTERS:
+        text = (HTML / f"{name}.html").read_text(encoding="utf-8")
+        badge = re.search(r'class="builds-badge.*?</p>', text, re.S)
+        source = (ROOT / f"{name}.ipynb").read_text(encoding="utf-8")
+        for module in set(re.findall(r'"#\| export (\w+)', source)):
+            assert f"vlm/{module}.py" in badge[0]
+            assert text.count(f"vlm/{module}.py") > 1  # and at its cells
+
+
 # In a real browser
 
 

@@ -7,11 +7,12 @@ import torch
 import transformers
 
 from vlm.evaluation import table
+from vlm.hub import EMBEDDED
 from vlm.processing import PaliGemmaProcessor
 from vlm.sampling import generate
 from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.segmentation import load_mask_decoder, parse_segmentations
-from vlm.weights import EMBEDDED, load_hf_model, save_hf_model
+from vlm.weights import load_hf_model, save_hf_model
 
 
 def test_fits_and_is_complete():
@@ -33,7 +34,6 @@ def test_fits_and_is_complete():
         "preprocessor_config.json",
         "tokenizer.json",
         "tokenizer_config.json",
-        "training_log.jsonl",
     }
 
 

@@ -18,6 +18,7 @@ from vlm.evaluation import (
     table,
     write_results,
 )
+from vlm.hub import EMBEDDED
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
 from vlm.questions import EMPTY_CAPTION, Question, detect_question, segment_question
 from vlm.sampling import Generation, generate
@@ -31,7 +32,7 @@ from vlm.scenes import (
     plan_scene,
     style_kinds,
 )
-from vlm.weights import EMBEDDED, load_hf_model, make_processor
+from vlm.weights import load_hf_model, make_processor
 
 SEEDS = VALIDATION_SEEDS[:6]
 SCENES = [make_scene(seed, 64) for seed in SEEDS]

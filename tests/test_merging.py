@@ -45,7 +45,9 @@ def test_embeddings_and_mask_are_those_of_transformers(
     inputs = random_inputs(config, prompts, suffixes, padding)
     embeds, mask = what_the_decoder_gets(theirs, inputs)
     with torch.no_grad():
-        merged = ours.embed_inputs(inputs["input_ids"], inputs["pixel_values"])
+        merged = ours.embed_inputs(
+            inputs["input_ids"], ours.encode_images(inputs["pixel_values"])
+        )
     torch.testing.assert_close(merged, embeds, atol=1e-5, rtol=0)
 
     real = inputs["attention_mask"].bool()

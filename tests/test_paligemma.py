@@ -140,6 +140,27 @@ def test_attentions(models):
         close(weights.transpose(1, 2)[real], expected.transpose(1, 2)[real])
 
 
+@torch.no_grad()
+def test_image_hidden_states_are_those_of_transformers(models):
+    ours, theirs = models
+    inputs = random_inputs(ours.config, (5, 1, 3))
+    here = ours(**inputs, output_image_hidden_states=True)["image_hidden_states"]
+    close(here, theirs(**inputs).image_hidden_states.view_as(here))
+    assert "image_hidden_states" not in ours(**inputs)
+
+
+def test_gradients_flow_through_image_hidden_states(models):
+    ours, _ = models
+    inputs = random_inputs(ours.config, (5, 1, 3))
+    states = ours(**inputs, output_image_hidden_states=True)["image_hidden_states"]
+    ours.zero_grad()
+    states.square().sum().backward()
+    tower = [p.grad for p in ours.vision_tower.parameters()]
+    assert all(grad is not None for grad in tower)
+    assert all(p.grad is None for p in ours.language_model.parameters())
+    ours.zero_grad()
+
+
 def test_what_is_broken_is_seen():
     ours, theirs = pair()
     inputs = random_inputs(ours.config, (5, 1, 3), (2, 6, 1))

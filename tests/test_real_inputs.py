@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from reference import STORED_TURNS, randomize, tiny_config
 
-import vlm.sampling
-from vlm.inference import Playground, read_answer, test_inference
+import vlm.answers
+from vlm.answers import parse_answer
+from vlm.inference import test_inference
 from vlm.mask_tokens import MaskDecoder
 from vlm.paligemma import PaliGemmaForConditionalGeneration
+from vlm.playground import Playground
 from vlm.processing import PaliGemmaProcessor, image_to_pixels, load_image
 from vlm.sampling import Generation
 
@@ -59,7 +61,7 @@ def seen(monkeypatch):
         shown.append(inputs["pixel_values"][0])
         yield [Generation([7, tokenizer.eos_token_id], [1.0, 1.0], [ANSWER, ""])]
 
-    monkeypatch.setattr(vlm.sampling, "generation_steps", steps)
+    monkeypatch.setattr(vlm.answers, "generation_steps", steps)
     return shown
 
 
@@ -264,8 +266,8 @@ def test_a_damaged_file_is_read_or_refused(name, tmp_path):
 
 def test_the_same_answer_scales_with_the_picture(decoder):
     answer = Generation([7], [1.0], [ANSWER])
-    (small,) = read_answer("segment owl", answer, (300, 200), decoder)
-    (large,) = read_answer("segment owl", answer, (3000, 1000), decoder)
+    (small,) = parse_answer("segment owl", answer, (300, 200), decoder)
+    (large,) = parse_answer("segment owl", answer, (3000, 1000), decoder)
     scales = (10, 5, 10, 5)
     assert large.box == pytest.approx([v * s for v, s in zip(small.box, scales)])
     assert large.mask.shape == (1000, 3000)
@@ -308,5 +310,5 @@ def test_an_upload_is_turned_upright(model, processor, decoder, seen, tmp_path):
     scene().transpose(STORED_TURNS[8]).save(path, exif=exif(8), quality=95)
     playground = Playground(model, processor, decoder)
     playground.open(path.read_bytes(), path.name)
-    assert playground.easel.picture.size == (300, 200)
-    assert "300 × 200" in playground.easel.line.value
+    assert playground.output.image.size == (300, 200)
+    assert "300 × 200" in playground.output.line.value

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vlm.detection import Detection, ParsedObjects, draw_detections
+from vlm.hub import EMBEDDED
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
 from vlm.processing import box_to_locs, load_image, loc_token, locs_to_box, seg_token
 from vlm.questions import segment_question
@@ -30,7 +31,6 @@ from vlm.segmentation import (
     paste_mask,
     pixel_span,
 )
-from vlm.weights import EMBEDDED
 
 BOX = "<loc0100><loc0200><loc0300><loc0400>"  # y0 x0 y1 x1
 SEGS = "".join(seg_token(code) for code in range(16))
@@ -597,7 +597,7 @@ def test_only_the_decoder_of_a_hub_checkpoint_is_fetched(monkeypatch, tmp_path):
         asked.append((name, revision, sorted(allow_patterns)))
         return str(tmp_path)  # a checkpoint without one
 
-    monkeypatch.setattr("vlm.weights.snapshot_download", fetch)
+    monkeypatch.setattr("vlm.hub.snapshot_download", fetch)
     with pytest.raises(ValueError, match="owner/model@v1 has no mask decoder"):
         load_mask_decoder("owner/model@v1")
     wanted = ["adapter_config.json", "mask_decoder.safetensors", "vae-oid.npz"]

@@ -3,47 +3,44 @@ import errno
 import json
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from contextlib import nullcontext
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
 import transformers
-from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
-from peft import LoraConfig, PeftModel, get_peft_model
+from checkpoints import assert_same_weights, content, edit, refused, rewrite
+from peft import LoraConfig, get_peft_model
 from reference import pair, random_inputs, tiny_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+import vlm.hub
 import vlm.weights
-from vlm.paligemma import PaliGemmaForConditionalGeneration
-from vlm.processing import PaliGemmaProcessor
-from vlm.weights import (
+from vlm.hub import (
     COMPANIONS,
     EMBEDDED,
-    EMBEDDING,
     INDEX_FILE,
     SINGLE_FILE,
-    SMALL_FILES,
+    require_space,
+)
+from vlm.paligemma import PaliGemmaForConditionalGeneration
+from vlm.processing import PaliGemmaProcessor
+from vlm.segmentation import load_mask_decoder
+from vlm.shards import find_tensors
+from vlm.weights import (
+    EMBEDDING,
     TIED,
     canonical_name,
     check_tensors,
-    choose_device,
-    choose_dtype,
     empty_model,
-    find_checkpoint,
-    find_tensors,
     load_chosen_model,
     load_hf_model,
     make_processor,
-    read_config,
-    require_space,
     save_hf_model,
 )
 
@@ -62,45 +59,10 @@ def models(request):
     return pair(tiny_config(**CONFIGS[request.param]))
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return pair()[0]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(model, tokenizer, tmp_path_factory):
-    """A good checkpoint in one file; leave it as it is."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_hf_model(model, tokenizer, folder)
-    return folder
-
-
-@pytest.fixture
-def copy(checkpoint, tmp_path):
-    """A copy of it to break."""
-    return Path(shutil.copytree(checkpoint, tmp_path / "copy"))
-
-
 @pytest.fixture
 def shards(model, tokenizer, tmp_path):
     save_hf_model(model, tokenizer, tmp_path / "shards", max_shard_size="40KB")
     return tmp_path / "shards"
-
-
-def assert_same_weights(model, expected):
-    ours, theirs = model.state_dict(), expected.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-    head, embedding = model.language_model.lm_head, model.language_model.model
-    assert head.weight is embedding.embed_tokens.weight
-
-
-def rewrite(folder, change):
-    tensors = load_file(folder / SINGLE_FILE)
-    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
-    save_file(change(tensors), folder / SINGLE_FILE, {"format": "pt"})
 
 
 # --- There and back -----------------------------------------------------------------
@@ -225,180 +187,203 @@ def test_names_of_all_layouts(models):
 # --- What doesn't fit is refused ----------------------------------------------------
 
 
+def without(part):
+    return lambda t: {name: x for name, x in t.items() if part not in name}
+
+
+def with_tensor(name, tensor):
+    return lambda t: t | {name: tensor}
+
+
 def transposed(tensors):
     name = LAYER + "mlp.up_proj.weight"
     return tensors | {name: tensors[name].T.contiguous()}
 
 
-DAMAGES = {
-    "missing": (
-        lambda t: {
-            n: x for n, x in t.items() if n != LAYER + "self_attn.q_proj.weight"
-        },
-        f"missing {LAYER}self_attn.q_proj.weight",
-    ),
-    "missing embedding": (
-        lambda t: {n: x for n, x in t.items() if n != EMBEDDING},
-        f"missing {EMBEDDING}",
-    ),
-    "unexpected": (
-        lambda t: t | {"model.language_model.layers.9.x": torch.ones(1)},
-        "unexpected model.language_model.layers.9.x in model.safetensors",
-    ),
-    "shape": (
-        transposed,
-        rf"{LAYER}mlp.up_proj.weight in model.safetensors has shape \[32, 48\], "
-        r"not \[48, 32\]",
-    ),
-    "dtype": (
-        lambda t: t | {LAYER + "input_layernorm.weight": torch.ones(32).int()},
-        f"{LAYER}input_layernorm.weight in model.safetensors has dtype I32",
-    ),
-    "twice": (
-        lambda t: t | {"model.language_model.norm.weight": torch.ones(32)},
-        r"language_model.(model.)?norm.weight in model.safetensors repeats "
-        r"(model.)?language_model.(model.)?norm.weight in model.safetensors",
-    ),
-    "untied head": (
+QUERY, NORM = LAYER + "self_attn.q_proj.weight", LAYER + "input_layernorm.weight"
+TENSORS = {  # what becomes of the file's tensors → key words of the error
+    "missing": (without(QUERY), f"missing {QUERY}"),
+    "missing embedding": (without(EMBEDDING), f"missing {EMBEDDING}"),
+    "unexpected": (with_tensor("model.odd.x", torch.ones(1)), r"unexpected model\.odd"),
+    "shape": (transposed, LAYER + r"mlp\.up.* shape \[32, 48\], not \[48, 32\]"),
+    "dtype": (with_tensor(NORM, torch.ones(32).int()), f"{NORM}.* dtype I32"),
+    "twice": (with_tensor("module." + NORM, torch.ones(32)), f"{NORM} in .* repeats"),
+    "untied": (
         lambda t: t | {"lm_head.weight": t[EMBEDDING] + 1},
-        f"{EMBEDDING} and lm_head.weight differ",
+        f"{EMBEDDING} and {TIED} differ",
     ),
-    "many": (
-        lambda t: {n: x for n, x in t.items() if "norm" not in n},
-        r"\d+ tensors: missing vision_tower",
-    ),
-    "a layer": (
-        lambda t: {n: x for n, x in t.items() if LAYER not in n},
-        "promises 3 text layers, .* for 2",
-    ),
-    "a tower": (
-        lambda t: {n: x for n, x in t.items() if "vision" not in n},
-        "promises 2 vision layers, .* for 0",
-    ),
+    "many": (without("norm"), r"\d+ tensors: missing vision_tower"),
+    "a layer": (without(LAYER), f"missing {LAYER}"),
+    "a tower": (without("vision"), "missing vision_tower"),
     "adapters inside": (
-        lambda t: t | {LAYER + "mlp.up_proj.lora_A.weight": torch.ones(2, 32)},
+        with_tensor(LAYER + "mlp.up_proj.lora_A.weight", torch.ones(2, 32)),
         "unexpected .*lora_A.*merge_and_unload",
     ),
     "a peft wrapper's": (
-        lambda t: {"base_model.model." + n: x for n, x in t.items()},
+        lambda t: {"base_model.model." + name: x for name, x in t.items()},
         "merge_and_unload",
     ),
     "packed": (
-        lambda t: t | {LAYER + "mlp.up_proj.qweight": torch.ones(2, 32).int()},
+        with_tensor(LAYER + "mlp.up_proj.qweight", torch.ones(2, 32).int()),
         "unexpected .*qweight.*quantized",
     ),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("damage", TENSORS)
 def test_damaged_checkpoints_are_refused(copy, damage):
-    change, message = DAMAGES[damage]
+    change, words = TENSORS[damage]
     rewrite(copy, change)
-    with pytest.raises(ValueError, match=message) as raised:
+    with refused(ValueError, words, str(copy)):
         load_hf_model(copy, "cpu")
-    said = str(raised.value)
-    assert str(copy) in said and len(said) < 330 and "etch it again" not in said
 
 
-def test_every_byte_of_every_shard_is_read_ahead(shards, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        vlm.weights.os,
-        "posix_fadvise",
-        lambda fd, *rest: asked.append((os.fstat(fd).st_size, *rest)),
-        raising=False,
-    )
-    monkeypatch.setattr(vlm.weights.os, "POSIX_FADV_WILLNEED", 3, raising=False)
-    monkeypatch.setattr(vlm.weights, "READ_AHEAD", 10_000)
-    load_hf_model(shards, "cpu")
-    sizes = [path.stat().st_size for path in sorted(shards.glob("*.safetensors"))]
-    expected = [
-        (size, start, 10_000, 3) for size in sizes for start in range(0, size, 10_000)
-    ]
-    assert asked == expected and len(asked) > len(sizes)
-
-
-def test_a_system_that_takes_no_advice(shards, model, monkeypatch):
-    monkeypatch.delattr(vlm.weights.os, "posix_fadvise", raising=False)
-    assert_same_weights(load_hf_model(shards, "cpu")[0], model)
+def test_an_empty_file(copy):
+    rewrite(copy, lambda tensors: {})
+    with refused(ValueError, "fit its config.json.* 0 tensors"):
+        load_hf_model(copy, "cpu")
 
 
 def test_checked_before_a_weight_is_read(copy, monkeypatch):
     rewrite(copy, transposed)
     monkeypatch.setattr(vlm.weights, "read_weights", pytest.fail)
-    with pytest.raises(ValueError, match="has shape"):
+    with refused(ValueError, "has shape"):
         load_hf_model(copy, "cpu")
 
 
-def test_numbers_are_read_only_where_two_names_must_agree(copy, monkeypatch):
+def test_numbers_are_compared_only_where_two_names_must_agree(copy, monkeypatch):
     monkeypatch.setattr(torch, "equal", pytest.fail)
     load_hf_model(copy, "cpu")
 
 
 def test_all_problems_at_once(model, copy):
-    rewrite(copy, lambda t: transposed(DAMAGES["missing"][0](t)))
-    with pytest.raises(ValueError, match="has shape .*; missing"):
+    rewrite(copy, lambda t: transposed(without(QUERY)(t)))
+    with refused(ValueError, "has shape .*; missing"):
         check_tensors(model, find_tensors(copy))
 
 
-def test_an_empty_file_is_refused(copy):
-    save_file({}, copy / SINGLE_FILE)
-    with pytest.raises(ValueError, match="the checkpoint doesn't fit"):
-        load_hf_model(copy, "cpu")
-
-
 @pytest.mark.parametrize("keep", [0, 5, 10_000])
-def test_truncated_file(copy, keep):
+def test_a_truncated_file(copy, keep):
     os.truncate(copy / SINGLE_FILE, keep)
-    with pytest.raises(ValueError, match=r"model.safetensors can't be read \(trunc"):
+    with refused(ValueError, f"{copy}/{SINGLE_FILE} can't be read .*fetch it"):
         load_hf_model(copy, "cpu")
 
 
-def test_missing_shard(shards):
-    last = sorted(shards.glob("*.safetensors"))[-1]
-    last.unlink()
-    message = f"{INDEX_FILE} names {last.name}, which is missing in"
-    with pytest.raises(FileNotFoundError, match=message):
-        load_hf_model(shards, "cpu")
+INSTEAD = {
+    "model-Q4_K_M.gguf": "GGUF",
+    "pytorch_model-00001-of-00002.bin": "pickle",
+    "paligemma-3b-pt-224.npz": "JAX",
+    "model.weights.h5": "Keras",
+    "model-00001-of-00002.safetensors": "shards with their index",
+    "README.md": "fetch it",
+}
 
 
-def test_index_and_shards_disagree(shards):
-    index = json.loads((shards / INDEX_FILE).read_text())
-    files = list(index["weight_map"].values())
-    first = max(files, key=files.count)  # moving one tensor away leaves it others
-    last = max(file for file in files if file != first)
-    name = next(n for n, file in index["weight_map"].items() if file == first)
-    index["weight_map"][name] = last
-    (shards / INDEX_FILE).write_text(json.dumps(index))
-    message = f"{INDEX_FILE} promises {name} in {last}, and it isn't there: fetch both"
-    with pytest.raises(ValueError, match=message):
-        load_hf_model(shards, "cpu")
+@pytest.mark.parametrize("name", INSTEAD)
+@pytest.mark.parametrize("missing", ["config.json", SINGLE_FILE])
+def test_another_format_is_named(copy, name, missing):
+    (copy / missing).unlink()
+    (copy / name).write_bytes(b"x")
+    with refused(FileNotFoundError, f"no {missing} in {copy}.*{INSTEAD[name]}.*hub id"):
+        load_hf_model(copy, "cpu")
 
 
-def test_a_shard_that_the_index_does_not_name(shards):
-    first = sorted(shards.glob("*.safetensors"))[0]
-    index = json.loads((shards / INDEX_FILE).read_text())
-    kept = {n: file for n, file in index["weight_map"].items() if file != first.name}
-    (shards / INDEX_FILE).write_text(json.dumps({"weight_map": kept}))
-    message = f"{INDEX_FILE} names no tensor of {first.name}, a shard beside it: fetch"
-    with pytest.raises(ValueError, match=message):
-        load_hf_model(shards, "cpu")
+@pytest.mark.parametrize("missing", ["config.json", SINGLE_FILE])
+def test_a_trainer_s_folder_names_its_last_checkpoint(checkpoint, copy, missing):
+    for number in (500, 1000, 50):
+        shutil.copytree(checkpoint, copy / f"checkpoint-{number}")
+    (copy / missing).unlink()
+    with refused(FileNotFoundError, "give one like .*checkpoint-1000$"):
+        load_hf_model(copy, "cpu")
 
 
-def test_truncated_shard(shards):
-    last = sorted(shards.glob("*.safetensors"))[-1]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", SINGLE_FILE, COMPANIONS[0]]
+)
+def test_git_lfs_pointers(copy, name):
+    (copy / name).write_text(POINTER)
+    load = load_mask_decoder if name in COMPANIONS else load_hf_model
+    with refused(FileNotFoundError, f"{name}.*git lfs pull"):
+        load(copy)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", '{"model": 3}', ""])
+def test_a_tokenizer_that_is_missing_or_broken(copy, text):
+    for path in copy.glob("tokenizer*"):
+        path.unlink() if text is None else path.write_text(text)
+    with refused(FileNotFoundError, f"no tokenizer .* {copy}"):
+        load_hf_model(copy, "cpu")
+
+
+@pytest.mark.parametrize(
+    "value", [{"load_in_4bit": True}, {"quant_method": "awq"}, "int8", None]
+)
+def test_quantized_weights(copy, value):
+    edit(copy / "config.json", lambda v: v | {"quantization_config": value})
+    with refused(ValueError, "config.json .*quantized") if value else nullcontext():
+        load_hf_model(copy, "cpu")
+
+
+def test_another_architecture(copy):
+    text = {"text_config": {"model_type": "llama"}}
+    edit(copy / "config.json", lambda values: values | text)
+    with refused(ValueError, "config.json.*llama"):
+        load_hf_model(copy, "cpu")
+
+
+def unlink_last(folder):
+    sorted(folder.glob("*.safetensors"))[-1].unlink()
+
+
+def truncate_last(folder):
+    last = sorted(folder.glob("*.safetensors"))[-1]
     os.truncate(last, last.stat().st_size - 1)
-    with pytest.raises(ValueError, match=rf"{last.name} can't be read \(truncated"):
-        load_hf_model(shards, "cpu")
 
 
-def test_a_tensor_in_two_shards(shards):
-    first, second = sorted(shards.glob("*.safetensors"))[:2]
+def index_another_shard(folder):
+    """The index says that one tensor lies in another shard than it does."""
+    weight_map = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+    files = list(weight_map.values())
+    first = max(files, key=files.count)  # moving one tensor away leaves it others
+    name = next(n for n, file in weight_map.items() if file == first)
+    weight_map[name] = max(file for file in files if file != first)
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def index_without_first(folder):
+    first = sorted(folder.glob("*.safetensors"))[0].name
+    values = json.loads((folder / INDEX_FILE).read_text())["weight_map"]
+    kept = {name: file for name, file in values.items() if file != first}
+    (folder / INDEX_FILE).write_text(json.dumps({"weight_map": kept}))
+
+
+def tensor_in_two_shards(folder):
+    first, second = sorted(folder.glob("*.safetensors"))[:2]
     name = next(iter(load_file(first)))
     save_file(load_file(second) | {name: load_file(first)[name]}, second)
-    with pytest.raises(
-        ValueError, match=f"promises {name}|{name} in .* repeats {name}"
-    ):
+
+
+def without_index(folder):
+    (folder / INDEX_FILE).unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (unlink_last, FileNotFoundError, "names model-.* missing"),
+        (truncate_last, ValueError, "can't be read"),
+        (index_another_shard, ValueError, "disagree about"),
+        (index_without_first, ValueError, "disagree about"),
+        (tensor_in_two_shards, ValueError, "disagree about"),
+        (without_index, FileNotFoundError, "shards with their index"),
+    ],
+)
+def test_damaged_shards_are_refused(shards, change, error, words):
+    change(shards)
+    with refused(error, words):
         load_hf_model(shards, "cpu")
 
 
@@ -406,72 +391,38 @@ BROKEN = ["{", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": null}}']
 
 
 @pytest.mark.parametrize("text", BROKEN)
-def test_broken_index(shards, text):
+def test_a_broken_index(shards, text):
     (shards / INDEX_FILE).write_text(text)
-    with pytest.raises(ValueError, match="index.json is not an index of shards"):
+    with refused(ValueError, f"{INDEX_FILE} is not an index"):
         load_hf_model(shards, "cpu")
 
 
-def test_pickle_is_not_read(copy, model):
-    (copy / SINGLE_FILE).unlink()
-    torch.save(model.state_dict(), copy / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="model.safetensors.*pickle"):
-        load_hf_model(copy, "cpu")
-
-
-def test_shards_without_their_index(shards):
-    (shards / INDEX_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match="shards without their index: fetch"):
-        load_hf_model(shards, "cpu")
-
-
-def test_weights_that_are_not_there(copy):
-    (copy / SINGLE_FILE).unlink()
-    with pytest.raises(FileNotFoundError, match=f"no {SINGLE_FILE} in .*: fetch"):
-        load_hf_model(copy, "cpu")
-
-
-def test_quantized_weights(copy):
-    config = json.loads((copy / "config.json").read_text())
-    for value in ({"load_in_4bit": True}, {"quant_method": "awq"}, "int8"):
-        text = json.dumps(config | {"quantization_config": value})
-        (copy / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="quantized"):
-            load_hf_model(copy, "cpu")
-    text = json.dumps(config | {"quantization_config": None})
-    (copy / "config.json").write_text(text)
-    load_hf_model(copy, "cpu")  # null: it isn't
+def test_an_index_names_shards_beside_it_alone(shards, tmp_path):
+    """Whatever path an index holds, no file of another folder is read."""
+    outside = tmp_path / "outside.safetensors"
+    save_file({"x": torch.ones(1)}, outside)
+    for path in (str(outside), "../outside.safetensors"):
+        text = json.dumps({"weight_map": {"x": path}})
+        (shards / INDEX_FILE).write_text(text)
+        with refused(FileNotFoundError, "outside.safetensors, which is missing"):
+            find_tensors(shards)
 
 
 def test_another_models_tokenizer(checkpoint, monkeypatch):
     model, tokenizer = load_hf_model(checkpoint, "cpu")
     monkeypatch.setattr(model.config, "image_token_index", 7)
-    with pytest.raises(ValueError, match="and 7 in the model's config: give each mod"):
+    with refused(ValueError, "7 for the model"):
         make_processor(model, tokenizer)
-
-
-def test_no_config(copy):
-    (copy / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="no config.json in"):
-        load_hf_model(copy, "cpu")
-
-
-def test_another_architecture(copy):
-    config = json.loads((copy / "config.json").read_text())
-    config["text_config"]["model_type"] = "llama"
-    (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="config.json.*llama"):
-        load_hf_model(copy, "cpu")
 
 
 def test_config_and_weights_of_different_picture_sizes(copy, model, tokenizer):
     larger = tiny_config(vision=dict(image_size=42))
     larger.save_pretrained(copy)
-    with pytest.raises(ValueError, match="promises 9 image tokens, .* for 4"):
+    with refused(ValueError, r"position_.* shape \[4, 24\], not \[9, 24\]"):
         load_hf_model(copy, "cpu")
     save_hf_model(PaliGemmaForConditionalGeneration(larger), tokenizer, copy)
     model.config.save_pretrained(copy)
-    with pytest.raises(ValueError, match=r"position_.* shape \[9, 24\], not \[4, 24\]"):
+    with refused(ValueError, r"position_.* shape \[9, 24\], not \[4, 24\]"):
         load_hf_model(copy, "cpu")
 
 
@@ -496,13 +447,6 @@ def test_processor_and_model_of_different_picture_sizes(tokenizer):
     wrong = PaliGemmaProcessor(tokenizer, 4, 42)  # right pixels, too few seats
     with pytest.raises(ValueError, match=r"9 features each .* \[4\] image tokens"):
         larger(**wrong("caption en", picture))
-
-
-def test_no_tokenizer(copy):
-    for path in copy.glob("tokenizer*"):
-        path.unlink()
-    with pytest.raises(FileNotFoundError, match="no tokenizer that can be read in"):
-        load_hf_model(copy, "cpu")
 
 
 # Spoiled at random: an error that a reader can use, at once, or none
@@ -587,7 +531,7 @@ def test_what_is_spoiled_is_refused_in_a_line(
             load_hf_model(tmp_path, "cpu")
         except (ValueError, FileNotFoundError) as error:
             said, refused = str(error), refused + 1
-            assert len(said) < 330 and "\n" not in said, said
+            assert len(said) < 500 and "\n" not in said, said
     assert refused >= 10
 
 
@@ -604,374 +548,11 @@ def test_absurd_sizes_are_refused_before_anything_is_built(copy, monkeypatch, pa
     values[part if part != "image" else "vision_config"] |= ABSURD[part]
     (copy / "config.json").write_text(json.dumps(values))
     monkeypatch.setattr(vlm.weights, "empty_model", pytest.fail)
-    with pytest.raises(ValueError, match="promises [0-9]{4,} "):
+    with pytest.raises(ValueError, match="promises .*[0-9]{4,} "):
         load_hf_model(copy, "cpu")
-
-
-# What lies there instead, named in a line
-
-
-def pointer(file):
-    size = file.stat().st_size
-    sha = "oid sha256:" + 64 * "0"
-    file.write_text(f"version https://git-lfs.github.com/spec/v1\n{sha}\nsize {size}\n")
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", SINGLE_FILE])
-def test_git_lfs_pointers_are_no_files(copy, name):
-    pointer(copy / name)
-    with pytest.raises(FileNotFoundError, match=f"{name}.*git lfs pull") as raised:
-        load_hf_model(copy, "cpu")
-    assert len(str(raised.value)) < 250
-
-
-def test_a_pointer_to_a_mask_decoder(copy):
-    from vlm.segmentation import load_mask_decoder
-
-    (copy / COMPANIONS[0]).touch()
-    pointer(copy / COMPANIONS[0])
-    with pytest.raises(FileNotFoundError, match="git lfs pull"):
-        load_mask_decoder(copy)
-
-
-@pytest.mark.parametrize("name", ["config.json", SINGLE_FILE])
-def test_a_trainer_s_folder_names_its_last_checkpoint(checkpoint, copy, name):
-    for number in (500, 1000, 50):
-        shutil.copytree(checkpoint, copy / f"checkpoint-{number}")
-    (copy / name).unlink()
-    with pytest.raises(FileNotFoundError, match="give one like .*checkpoint-1000$"):
-        load_hf_model(copy, "cpu")
-
-
-INSTEAD = {
-    "model-Q4_K_M.gguf": "GGUF",
-    "pytorch_model-00001-of-00002.bin": "pickle",
-    "paligemma-3b-pt-224.npz": "JAX",
-    "model.weights.h5": "Keras",
-    "README.md": "hub id",
-}
-
-
-@pytest.mark.parametrize("name", INSTEAD)
-@pytest.mark.parametrize("missing", ["config.json", SINGLE_FILE])
-def test_another_format_is_named(copy, name, missing):
-    (copy / missing).unlink()
-    (copy / name).write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match=f"no {missing} in.*{INSTEAD[name]}"):
-        load_hf_model(copy, "cpu")
-
-
-@pytest.mark.parametrize("name", ["cat.png", "cat.JPG", "cat.webp"])
-def test_a_picture_is_no_model(tmp_path, name):
-    (tmp_path / name).write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match="is a picture, not a model"):
-        load_hf_model(tmp_path / name, "cpu")
-
-
-def test_a_broken_tokenizer_is_named(copy):
-    for text in ("{", "[]", '{"model": 3}', ""):
-        (copy / "tokenizer.json").write_text(text)
-        with pytest.raises(FileNotFoundError, match="no tokenizer") as raised:
-            load_hf_model(copy, "cpu")
-        assert len(str(raised.value)) < 330
-
-
-# --- Where it comes from ------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "path", ["no/such/folder", "../nowhere", "nowhere", "a b/c", "https://a.org/b/c"]
-)
-def test_no_folder(path):
-    with pytest.raises(FileNotFoundError, match=f"no folder {path}: give a checkpoint"):
-        find_checkpoint(path)
-
-
-def test_a_file_is_no_folder(checkpoint):
-    with pytest.raises(FileNotFoundError, match="is a file: give the folder"):
-        find_checkpoint(checkpoint / "config.json")
-
-
-def test_a_folder_wins_over_a_hub_id(tmp_path, monkeypatch):
-    (tmp_path / "google" / "model").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(vlm.weights, "snapshot_download", pytest.fail)
-    assert find_checkpoint("google/model") == Path("google/model")
-
-
-def test_a_revision_needs_a_hub_id(checkpoint):
-    for path in (None, checkpoint):
-        with pytest.raises(ValueError, match="revision='main' needs a hub id"):
-            load_hf_model(path, "cpu", revision="main")
-    with pytest.raises(ValueError, match="a/b@one and revision='two' disagree"):
-        find_checkpoint("a/b@one", "two")
-
-
-@pytest.mark.parametrize("name", ["a/b@", "a/b@ ", "@main", "a@b/c", "a/b/c@main"])
-def test_what_is_no_hub_id(name, monkeypatch):
-    monkeypatch.setattr(vlm.weights, "snapshot_download", pytest.fail)
-    with pytest.raises(FileNotFoundError, match="give a checkpoint's folder"):
-        find_checkpoint(name)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [OSError("no space left"), ValueError("bad id\nlong"), HTTPError("timed out")],
-)
-def test_other_trouble_with_the_hub_is_passed_on(monkeypatch, error):
-    def fetch(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(vlm.weights, "snapshot_download", fetch)
-    reason = str(error).partition("\n")[0]
-    with pytest.raises(FileNotFoundError, match=f"can't be fetched .*: {reason}$"):
-        load_hf_model("some/model", "cpu")
-
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of huggingface.co as fetching a repository needs."""
-
-    def do_GET(self):
-        hub = self.server
-        hub.asked.append(self.path)
-        what = self.path.partition("?")[0].split("/")
-        if what[1] == "api":  # api, models, owner, name, …
-            name, rest = "/".join(what[3:5]), what[5:]
-        else:
-            name, rest = "/".join(what[1:3]), what[3:]
-        if name == "refused/model":  # what the hub says to some fine-grained tokens
-            said = {"X-Error-Message": "Please enable access to gated repositories"}
-            return self.answer(403, b"", said)
-        if name == "busy/model":
-            return self.answer(429, b"")
-        if name not in ("some/model", "gated/model"):
-            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        if rest[0] == "revision" and rest[1] not in ("main", "half", COMMIT):
-            return self.answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        if rest[0] == "revision":
-            return self.answer(200, json.dumps({"id": name, "sha": COMMIT}).encode())
-        if rest[0] == "tree":
-            files = [
-                {"type": "file", "path": path, "size": len(data), "oid": path}
-                for path, data in hub.files.items()
-            ]
-            return self.answer(200, json.dumps(files).encode())
-        if name == "gated/model":
-            return self.answer(401, b"", {"X-Error-Code": "GatedRepo"})
-        path = "/".join(rest[2:])
-        hub.fetched.add(path)
-        headers = {"ETag": f'"{path}"', "X-Repo-Commit": COMMIT}
-        return self.answer(200, hub.files[path], headers)
-
-    do_HEAD = do_GET
-
-    def answer(self, status, data, headers=None):
-        self.send_response(status)
-        for key, value in {**(headers or {}), "Content-Length": len(data)}.items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def hub(checkpoint, tmp_path, monkeypatch):
-    """A hub on this machine, and an empty cache; `.files` may be changed."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.asked, server.fetched = [], set()
-    server.files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
-    for unwanted in ("README.md", "pytorch_model.bin", "onnx/model.safetensors"):
-        server.files[unwanted] = b"not wanted"
-    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
-    for name, value in {
-        "ENDPOINT": address,
-        "HUGGINGFACE_CO_URL_TEMPLATE": address
-        + "/{repo_id}/resolve/{revision}/{filename}",
-        "HF_HUB_OFFLINE": False,
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_DISABLE_XET": True,
-    }.items():
-        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.parametrize("in_id", [True, False])
-def test_a_hub_id_is_fetched_once_and_only_what_is_read(hub, model, monkeypatch, in_id):
-    given = ("some/model@half",) if in_id else ("some/model",)
-    revision = None if in_id else "half"
-    loaded, _ = load_hf_model(*given, "cpu", revision=revision)
-    assert_same_weights(loaded, model)
-    assert any("/revision/half" in path for path in hub.asked)
-    assert not any("/revision/main" in path for path in hub.asked)
-    wanted = {name for name in hub.files if name.endswith(("json", "safetensors"))}
-    assert hub.fetched == wanted - {"onnx/model.safetensors"}
-
-    hub.fetched.clear()
-    load_hf_model(*given, "cpu", revision=revision)
-    assert not hub.fetched  # the cache had it all
-
-    hub.asked.clear()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert_same_weights(load_hf_model(*given, "cpu", revision=revision)[0], model)
-    # A commit names what is there too, without asking which branch it was.
-    assert_same_weights(load_hf_model(f"some/model@{COMMIT}", "cpu")[0], model)
-    assert not hub.asked
-
-
-def test_another_architecture_on_the_hub_costs_kilobytes(hub):
-    config = json.loads(hub.files["config.json"]) | {"model_type": "llama"}
-    hub.files["config.json"] = json.dumps(config).encode()
-    with pytest.raises(ValueError, match="config.json.*llama"):
-        load_hf_model("some/model", "cpu")
-    assert hub.fetched and SINGLE_FILE not in hub.fetched
-
-
-def test_a_part_of_a_repository_can_be_had_alone(hub):
-    folder = find_checkpoint("some/model", only=("config.json", "mask_decoder.*"))
-    assert hub.fetched == {"config.json"} == {path.name for path in folder.iterdir()}
-    find_checkpoint("some/model", only=SMALL_FILES)
-    assert SINGLE_FILE not in hub.fetched and "tokenizer.json" in hub.fetched
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        "some/model/",
-        "https://huggingface.co/some/model",
-        "https://hf.co/some/model/",
-        "http://huggingface.co/some/model/tree/half",
-        "https://huggingface.co/some/model/blob/half/config.json",
-    ],
-)
-def test_the_address_of_a_page_is_its_hub_id(hub, model, address):
-    assert_same_weights(load_hf_model(address, "cpu")[0], model)
-    revision = "half" if "half" in address else "main"
-    assert any(f"/some/model/revision/{revision}" in path for path in hub.asked)
-
-
-def test_mask_tokens_come_from_the_hub_too(hub, tokenizer, tmp_path):
-    hub.files |= {name: name.encode() for name in COMPANIONS}
-    model, _ = load_hf_model("some/model", "cpu")
-    assert model.companions == list(COMPANIONS)
-    save_hf_model(model, tokenizer, tmp_path / "mine")
-    for name in COMPANIONS:
-        assert (tmp_path / "mine" / name).read_bytes() == name.encode()
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("gated/model", "gated/model is behind a license: accept it on http.*/gated/"),
-        ("no/model", "the hub has no no/model, or it is private: look for it at http"),
-        ("some/model@none", "some/model has no revision none: http.*/tree/main lists"),
-    ],
-)
-def test_what_the_hub_refuses_is_told_apart(hub, name, message):
-    with pytest.raises(
-        FileNotFoundError, match=f"no folder {name}, and {message}"
-    ) as e:
-        load_hf_model(name, "cpu")
-    assert ("hf auth login" in str(e.value)) == ("revision" not in message)
-    assert ("HF_TOKEN" in str(e.value)) == ("revision" not in message)
-
-
-def test_a_token_that_may_not_read_gated_repositories(hub):
-    said = r"the hub refuses refused/model \(403: Please enable access.*HF_TOKEN.*gated"
-    with pytest.raises(FileNotFoundError, match=said):
-        load_hf_model("refused/model", "cpu")
-
-
-def test_a_hub_that_is_busy(hub):
-    said = "the hub answered 429 for busy/model: try again later"
-    with pytest.raises(FileNotFoundError, match=said):
-        load_hf_model("busy/model", "cpu")
-
-
-def test_an_index_that_does_not_fit_costs_kilobytes(hub, model, tokenizer, tmp_path):
-    parts = tmp_path / "parts"
-    save_hf_model(model, tokenizer, parts, max_shard_size="100KB")
-    hub.files = {path.name: path.read_bytes() for path in parts.iterdir()}
-    index = json.loads(hub.files[INDEX_FILE])
-    index["weight_map"]["odd.weight"] = index["weight_map"].pop(EMBEDDING)
-    hub.files[INDEX_FILE] = json.dumps(index).encode()
-    message = f"unexpected odd.weight in model-.*; missing {EMBEDDING}"
-    with pytest.raises(ValueError, match=message):
-        load_hf_model("some/model", "cpu")
-    assert not any(name.endswith(".safetensors") for name in hub.fetched)
-
-
-@pytest.mark.parametrize(
-    "more, message",
-    [
-        ([], "no model.safetensors"),
-        (["pytorch_model.bin.index.json"], "pickles"),
-    ],
-)
-def test_a_repository_without_safetensors(hub, more, message):
-    del hub.files[SINGLE_FILE]
-    hub.files |= dict.fromkeys(more, b"{}")
-    with pytest.raises(FileNotFoundError, match=message):
-        load_hf_model("some/model", "cpu")
-
-
-def test_a_truncated_file_in_the_cache_can_be_mended(hub, model):
-    load_hf_model("some/model", "cpu")
-    place = find_checkpoint("some/model") / SINGLE_FILE
-    os.truncate(place, 10_000)
-    with pytest.raises(ValueError, match="delete it and fetch it again") as raised:
-        load_hf_model("some/model", "cpu")
-    named = re.search("(.*) can't be read", str(raised.value))[1]
-    Path(named).unlink()
-    assert_same_weights(load_hf_model("some/model", "cpu")[0], model)
-
-
-NOT_IN_CACHE = (
-    "is not, or not whole, in the cache .*cache, and the hub can't be reached"
-)
-
-
-def test_offline_without_a_cache(hub, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        FileNotFoundError, match=f"some/model {NOT_IN_CACHE}.*HF_HUB_OFF"
-    ):
-        load_hf_model("some/model", "cpu")
-    assert not hub.asked
-
-
-def test_offline_with_half_of_it_in_the_cache(hub, monkeypatch):
-    find_checkpoint("some/model", only=SMALL_FILES)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(FileNotFoundError, match=f"{NOT_IN_CACHE}.*incomplete"):
-        load_hf_model("some/model", "cpu")
-
-
-def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
-    def fetch(*args, **kwargs):
-        raise LocalEntryNotFoundError("Got: ConnectError: no route\nPlease check it.")
-
-    monkeypatch.setattr(vlm.weights, "snapshot_download", fetch)
-    with pytest.raises(FileNotFoundError, match=rf"{NOT_IN_CACHE}.*no route\)$"):
-        load_hf_model("some/model", "cpu")
 
 
 # --- Device, dtype and memory -------------------------------------------------------
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:99", "xla", "hpu", "meta", ""])
-def test_a_device_that_is_not_there(checkpoint, device):
-    with pytest.raises(ValueError, match=f"no device {device!r}.*'auto'") as raised:
-        load_hf_model(checkpoint, device)
-    assert len(str(raised.value)) < 120
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.float16, "float64"])
@@ -997,57 +578,6 @@ def test_one_dtype_though_the_file_has_two(model, tokenizer, tmp_path):
     )
     loaded, _ = load_hf_model(tmp_path, "cpu")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize(
-    "dtype", ["int8", "float31", "bf16", "float8_e4m3fn", torch.int32, "nn"]
-)
-def test_bad_dtype_is_refused_before_anything_is_fetched(dtype, monkeypatch):
-    monkeypatch.setattr(vlm.weights, "snapshot_download", pytest.fail)
-    with pytest.raises(ValueError, match="is not a type that the model computes in"):
-        load_hf_model("some/model", "cpu", dtype)
-
-
-def test_apples_gpus_have_bfloat16_since_macos_14_and_never_float64(monkeypatch):
-    apple = torch.device("mps")
-    for new, wanted in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(
-            torch.backends.mps, "is_macos_or_newer", lambda *version, new=new: new
-        )
-        assert choose_dtype("auto", torch.bfloat16, apple) == wanted
-    assert choose_dtype("auto", torch.float64, apple) == torch.float32
-    assert choose_dtype("auto", torch.float16, apple) == torch.float16
-    assert choose_dtype("auto", torch.bfloat16, torch.device("cpu")) == torch.bfloat16
-
-
-def test_bfloat16_where_a_card_only_imitates_it(monkeypatch):
-    card = torch.device("cuda")
-    for native, wanted in ((True, torch.bfloat16), (False, torch.float16)):
-        answer = {True: None, False: native}  # imitating it doesn't count
-        monkeypatch.setattr(
-            torch.cuda,
-            "is_bf16_supported",
-            lambda including_emulation=True, answer=answer: answer[including_emulation],
-        )
-        assert choose_dtype("auto", torch.bfloat16, card) == wanted
-        assert choose_dtype("bfloat16", torch.bfloat16, card) == torch.bfloat16
-        assert choose_dtype("16-bit", torch.float32, card) == wanted
-        # PaliGemma 2's numbers outgrow float16.
-        wide = torch.bfloat16 if native else torch.float32
-        assert choose_dtype("auto", torch.bfloat16, card, "gemma2") == wide
-        assert choose_dtype("16-bit", torch.float32, card, "gemma2") == wide
-        assert choose_dtype("auto", torch.float32, card) == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("cuda", "mps", "wanted"),
-    [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
-)
-def test_auto_device(monkeypatch, cuda, mps, wanted):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert choose_device() == torch.device(wanted)
-    assert choose_device("cpu") == choose_device(torch.device("cpu"))
 
 
 def test_mapped_weights_can_be_trained_and_the_file_stays(copy):
@@ -1111,7 +641,8 @@ def test_on_the_cpu_the_file_is_the_model(copy, monkeypatch):
 PEAK = """
 import sys
 from pathlib import Path
-from vlm.weights import find_tensors, load_hf_model
+from vlm.shards import find_tensors
+from vlm.weights import load_hf_model
 
 def memory(field):
     status = Path("/proc/self/status").read_text()
@@ -1146,7 +677,7 @@ def test_conversion_takes_the_new_model_s_memory_and_no_copy_of_the_file(
 
 
 def test_a_save_that_breaks_off_leaves_the_old_one(copy, tokenizer, monkeypatch):
-    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    before = content(copy)
     torch.manual_seed(5)
     other = pair()[0]
 
@@ -1156,7 +687,7 @@ def test_a_save_that_breaks_off_leaves_the_old_one(copy, tokenizer, monkeypatch)
     monkeypatch.setattr(tokenizer, "save_pretrained", fail)  # after the weights
     with pytest.raises(OSError, match="disk full"):
         save_hf_model(other, tokenizer, copy)
-    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
+    assert content(copy) == before
 
 
 def test_saving_over_leaves_nothing_behind(shards, tokenizer):
@@ -1271,20 +802,15 @@ def test_what_ddp_wraps_is_saved_with_its_companions(copy, tokenizer, tmp_path):
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(copy, model, monkeypatch, tokenizer):
-    """Whatever the library that meets it calls it."""
     before = content(copy)
 
     def full(*args, **kwargs):
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(vlm.weights, "save_torch_state_dict", full)
-    with pytest.raises(OSError, match="nothing was replaced") as raised:
+    with refused(OSError, "No space left", "nothing .* replaced"):
         save_hf_model(model, tokenizer, copy)
-    assert raised.value.errno == errno.ENOSPC and content(copy) == before
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert content(copy) == before
 
 
 @pytest.mark.parametrize("size", ["5GB", "40KB"])
@@ -1312,192 +838,11 @@ def test_a_save_stopped_between_two_files_is_finished_by_the_next_load(
         except KeyboardInterrupt:
             pass
         monkeypatch.setattr(os, "replace", move)
+        last = SINGLE_FILE if SINGLE_FILE in wanted else INDEX_FILE
+        moved = content(folder).get(last) == wanted[last]
+        assert moved == (allowed == len(wanted))  # until then, the old one is found
         assert_same_weights(load_hf_model(folder, "cpu")[0], wider)
         assert content(folder) == wanted, allowed
-
-
-# --- Adapters in peft's layout ------------------------------------------------------
-
-
-def adapted(model, **settings):
-    """peft's model with an adapter that changes something."""
-    settings = {"r": 2, "target_modules": ["q_proj", "fc1", "linear"], **settings}
-    wrapped = get_peft_model(model, LoraConfig(**settings))
-    with torch.no_grad():
-        for weight in wrapped.parameters():
-            if weight.requires_grad:
-                weight.add_(0.1 * torch.randn_like(weight))
-    return wrapped.eval()
-
-
-@pytest.fixture
-def adapter(copy, tmp_path):
-    """A folder with an adapter for the checkpoint `copy`, which has a mask decoder."""
-    (copy / COMPANIONS[0]).write_bytes(b"decoder")
-    wrapped = adapted(load_hf_model(copy, "cpu")[0])
-    wrapped.save_pretrained(tmp_path / "adapter")
-    return tmp_path / "adapter"
-
-
-def logits(model, config):
-    torch.manual_seed(7)
-    with torch.no_grad():
-        return model(**random_inputs(config, (5, 2)))["logits"]
-
-
-SETTINGS = {
-    "lora": {},
-    "scaled": dict(target_modules=["o_proj", "fc2"], lora_alpha=5, use_rslora=True),
-    "by pattern": dict(
-        target_modules=r".*layers\.1\..*_proj", exclude_modules=".*up.*"
-    ),
-    "dora": dict(use_dora=True),
-    "whole parts": dict(modules_to_save=["post_layernorm", "norm"]),
-    "ranks": dict(rank_pattern={"layers.1.mlp.fc1": 3}, alpha_pattern={"q_proj": 9}),
-}
-
-
-@pytest.mark.parametrize("how", SETTINGS)
-def test_an_adapter_loads_merged_into_its_base(copy, tokenizer, tmp_path, how):
-    (copy / COMPANIONS[0]).write_bytes(b"decoder")
-    base = load_hf_model(copy, "cpu")[0]
-    wrapped = adapted(base, **SETTINGS[how])
-    config = base.config
-    expected = logits(wrapped, config)
-    wrapped.save_pretrained(tmp_path / "adapter")
-    model, _ = load_hf_model(tmp_path / "adapter", "cpu")
-    assert type(model) is PaliGemmaForConditionalGeneration and not model.training
-    assert all(weight.requires_grad for weight in model.parameters())
-    torch.testing.assert_close(logits(model, config), expected, atol=1e-5, rtol=0)
-    unadapted = logits(load_hf_model(copy, "cpu")[0], config)
-    assert (unadapted - expected).abs().max() > 1e-2
-    assert_same_weights(model, wrapped.merge_and_unload())
-    assert model.name_or_path == str(copy.resolve()) and model.companions
-    save_hf_model(model, tokenizer, tmp_path / "merged")  # an ordinary one
-    assert_same_weights(load_hf_model(tmp_path / "merged", "cpu")[0], model)
-
-
-def test_an_adapter_in_sixteen_bits_is_what_peft_makes_of_it(adapter, copy):
-    model, _ = load_hf_model(adapter, "cpu", "bfloat16")
-    base, _ = load_hf_model(copy, "cpu", "bfloat16")
-    expected = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    assert model.dtype == torch.bfloat16
-    assert_same_weights(model, expected)
-
-
-@pytest.mark.parametrize(
-    "name", ["", None, "paligemma-stickers", "/old/paligemma-stickers"]
-)
-def test_an_adapter_of_the_embedded_model_with_its_mask_decoder(tmp_path, name):
-    from vlm.segmentation import load_mask_decoder
-
-    base, _ = load_hf_model(device="cpu")
-    wrapped = adapted(base)
-    expected = logits(wrapped, base.config)
-    wrapped.save_pretrained(tmp_path)
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert settings["base_model_name_or_path"] == str(EMBEDDED)  # peft looked there
-    settings["base_model_name_or_path"] = name
-    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
-    model, _ = load_hf_model(tmp_path, "cpu")
-    assert model.name_or_path == str(EMBEDDED)
-    torch.testing.assert_close(logits(model, base.config), expected, atol=1e-4, rtol=0)
-    ours, theirs = (load_mask_decoder(f).state_dict() for f in (tmp_path, None))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert read_config(tmp_path) == base.config
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers, about itself
-def test_an_adapter_trained_in_transformers(copy, tmp_path):
-    """Its names are those of transformers 5 in memory; ours is the same model."""
-    torch.manual_seed(0)
-    plain = pair()[1]  # as `model` was made
-    before = {name: value.clone() for name, value in plain.state_dict().items()}
-    theirs = adapted(plain)
-    theirs.save_pretrained(tmp_path / "theirs")
-    names = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
-    assert any(name.startswith("base_model.model.model.language") for name in names)
-    settings = json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())
-    settings["base_model_name_or_path"] = str(copy)
-    (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps(settings))
-    loaded, _ = load_hf_model(tmp_path / "theirs", "cpu")
-    for name, value in theirs.merge_and_unload().state_dict().items():
-        ours = loaded.state_dict()[canonical_name(name)]
-        torch.testing.assert_close(ours, value, atol=1e-6, rtol=0)
-        is_adapted = re.search(r"q_proj.weight|fc1.weight|linear.weight", name)
-        assert torch.equal(value, before[name]) == (not is_adapted), name
-
-
-def spoil(folder, **settings):
-    values = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(values | settings))
-
-
-def rename(folder, change):
-    file = folder / "adapter_model.safetensors"
-    tensors = {change(name): tensor for name, tensor in load_file(file).items()}
-    save_file({n: t.clone() for n, t in tensors.items() if n}, file)
-
-
-SPOILED = {
-    "a part that the model lacks": lambda f: rename(f, lambda n: n.replace("q_", "w_")),
-    "half of a pair": lambda f: rename(f, lambda n: n if "lora_A" in n else None),
-    "nothing": lambda f: rename(f, lambda n: None),
-    "a tensor too many": lambda f: rename(
-        f, lambda n: n.replace("lora_B.w", "lora_B.x")
-    ),
-    "another rank": lambda f: spoil(f, r=3),
-    "another kind": lambda f: spoil(f, peft_type="IA3"),
-    "an unknown kind": lambda f: spoil(f, peft_type="NO"),
-    "a number for its base": lambda f: spoil(f, base_model_name_or_path=3),
-    "itself as its base": lambda f: spoil(f, base_model_name_or_path=str(f)),
-    "no rank": lambda f: spoil(f, r=None),
-    "no JSON": lambda f: (f / "adapter_config.json").write_text("{"),
-    "a list": lambda f: (f / "adapter_config.json").write_text("[]"),
-    "a truncated file": lambda f: os.truncate(f / "adapter_model.safetensors", 900),
-    "a model beside it": lambda f: save_file({}, f / SINGLE_FILE),
-}
-
-
-@pytest.mark.parametrize("how", SPOILED)
-def test_an_adapter_that_does_not_fit_is_refused(adapter, how):
-    SPOILED[how](adapter)
-    with pytest.raises(ValueError) as raised:
-        load_hf_model(adapter, "cpu")
-    said = str(raised.value)
-    assert str(adapter) in said and len(said) < 330 and "\n" not in said, said
-
-
-def test_an_adapter_beside_a_config_is_an_adapter(adapter, copy):
-    expected, _ = load_hf_model(adapter, "cpu")
-    for name in ("config.json", "tokenizer.json", "generation_config.json"):
-        shutil.copy(copy / name, adapter)
-    assert_same_weights(load_hf_model(adapter, "cpu")[0], expected)
-
-
-def test_an_adapter_is_read_from_safetensors_alone(adapter):
-    file = adapter / "adapter_model.safetensors"
-    torch.save(load_file(file), adapter / "adapter_model.bin")
-    file.unlink()
-    with pytest.raises(FileNotFoundError, match="no adapter_model.safetensors"):
-        load_hf_model(adapter, "cpu")
-
-
-def test_an_adapter_whose_base_is_gone(adapter):
-    spoil(adapter, base_model_name_or_path="/no/such/folder")
-    with pytest.raises(FileNotFoundError, match="no folder /no/such/folder"):
-        load_hf_model(adapter, "cpu")
-
-
-def test_an_adapter_on_the_hub_and_its_base(hub, adapter, copy, monkeypatch):
-    spoil(adapter, base_model_name_or_path="some/model", revision="half")
-    local, _ = load_hf_model(adapter, "cpu")
-    assert any("/some/model/revision/half" in path for path in hub.asked)
-    spoil(adapter, base_model_name_or_path=str(copy), revision=None)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(adapter / "new"))
-    hub.files = {path.name: path.read_bytes() for path in adapter.glob("*.*")}
-    there, _ = load_hf_model("some/model", "cpu")
-    assert_same_weights(there, local)
 
 
 # Files that belong to a model's mask tokens
@@ -1531,7 +876,7 @@ def test_a_new_model_s_come_from_a_folder_that_is_named(model, tokenizer, tmp_pa
     assert again.companions == list(COMPANIONS[:2])
     for name in COMPANIONS[:2]:
         assert (tmp_path / "new" / name).read_bytes() == (EMBEDDED / name).read_bytes()
-    with pytest.raises(FileNotFoundError, match="mask_decoder"):
+    with refused(FileNotFoundError, "mask_decoder"):
         save_hf_model(model, tokenizer, tmp_path / "no", companions_from=tmp_path)
     assert not (tmp_path / "no").exists()
 
@@ -1545,7 +890,7 @@ def test_companions_that_are_gone_are_missed_before_anything_is_replaced(
     place = Path(shutil.copytree(checkpoint, tmp_path / "place"))
     before = content(place)
     for folder in (place, copy):
-        with pytest.raises(FileNotFoundError, match="mask_decoder"):
+        with refused(FileNotFoundError, "mask_decoder"):
             save_hf_model(model, tokenizer, folder)
     assert content(place) == before
 
@@ -1555,7 +900,7 @@ def test_another_model_s_companions_are_not_taken_for_this_one_s(
 ):
     (copy / COMPANIONS[0]).write_bytes(b"decoder")
     before = content(copy)
-    with pytest.raises(ValueError, match="mask_decoder"):
+    with refused(ValueError, "mask_decoder"):
         save_hf_model(model, tokenizer, copy)
     assert content(copy) == before
     save_hf_model(model, tokenizer, copy, companions_from=copy)
@@ -1608,9 +953,5 @@ def test_a_chosen_model_that_cant_be_had_is_explained_and_replaced(
     monkeypatch.setenv("VLM_MODEL", name)
     _, _, about = load_chosen_model()
     said = capsys.readouterr().out
-    assert f"VLM_MODEL={name} can't be used" in said
-    assert "goes on with the embedded model" in said and EMBEDDED.name in about
-    # What a hub id needs is said before anything is fetched.
-    assert ("3 billion weights" in said.partition("can't be used")[0]) == (
-        name == "someone/something@main"
-    )
+    assert f"VLM_MODEL={name} can't be loaded: no folder {name}" in said
+    assert "embedded model" in said and EMBEDDED.name in about

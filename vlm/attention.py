@@ -17,7 +17,7 @@ from .rope import apply_rotary_pos_emb
 if TYPE_CHECKING:
     from .kv_cache import KVCache, StaticKVCache
 
-__all__ = ["repeat_kv", "explicit_attention", "GemmaAttention"]
+__all__ = ["explicit_attention", "GemmaAttention"]
 
 
 def repeat_kv(

@@ -16,7 +16,6 @@ from PIL import Image, ImageFilter
 from .processing import Box
 
 __all__ = [
-    "PHOTOS",
     "UNSEEN_PHOTOS",
     "TRAINING_PHOTO_FRACTION",
     "load_photo",

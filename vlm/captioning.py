@@ -18,17 +18,7 @@ from .questions import parse_caption
 from .sampling import Generation, TextDecoder, generate_tokens
 from .scenes import Scene
 
-__all__ = [
-    "check_pairs",
-    "exact_share",
-    "Marks",
-    "mark_kinds",
-    "kinds_f1",
-    "Look",
-    "name_tokens",
-    "picture_attention",
-    "look",
-]
+__all__ = ["exact_share", "kinds_f1"]
 
 
 def check_pairs(answers: Sequence, truths: Sequence) -> None:

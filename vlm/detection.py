@@ -25,21 +25,11 @@ from .sampling import Generation
 
 __all__ = [
     "COLORS",
-    "PALE_COLORS",
-    "Boxes",
-    "IOU_LIMITS",
-    "RECALLS",
-    "MAX_DETECTIONS",
     "Detection",
     "ParsedObjects",
-    "ObjectText",
     "split_objects",
     "parse_detections",
     "draw_detections",
-    "box_iou",
-    "match_boxes",
-    "interpolated_precision",
-    "rank_boxes",
     "average_precision",
 ]
 

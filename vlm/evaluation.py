@@ -20,6 +20,7 @@ from tqdm import tqdm
 from .backgrounds import UNSEEN_PHOTOS, load_photo, photo_crops
 from .captioning import exact_share, kinds_f1
 from .detection import Detection, average_precision, parse_detections
+from .hub import find_checkpoint
 from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
@@ -44,9 +45,9 @@ from .scenes import (
     style_kinds,
 )
 from .segmentation import load_mask_decoder, mean_iou, parse_segmentations
-from .weights import find_checkpoint, load_hf_model, make_processor
+from .weights import load_hf_model, make_processor
 
-__all__ = ["SPLITS", "silent_fraction", "evaluate", "table", "write_results", "main"]
+__all__ = ["evaluate", "write_results"]
 
 # The seeds of a split's scenes, and its style, which training never draws.
 SPLITS = {

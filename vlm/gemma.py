@@ -20,11 +20,8 @@ from .rope import GemmaRotaryEmbedding
 
 __all__ = [
     "GemmaMLP",
-    "GemmaDecoderLayer",
     "GemmaModel",
-    "causal_mask",
     "positions_from_mask",
-    "pad_to_keys",
     "check_ids",
     "GemmaForCausalLM",
     "build_language_model",

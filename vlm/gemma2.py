@@ -16,14 +16,7 @@ from .gemma import GemmaForCausalLM, GemmaMLP, GemmaModel
 from .kv_cache import KVCache, StaticKVCache
 from .rmsnorm import GemmaRMSNorm
 
-__all__ = [
-    "soft_cap",
-    "Gemma2Attention",
-    "Gemma2DecoderLayer",
-    "sliding_window_mask",
-    "Gemma2Model",
-    "Gemma2ForCausalLM",
-]
+__all__ = ["Gemma2ForCausalLM"]
 
 
 def soft_cap(

@@ -1,57 +1,36 @@
-"""Sixteen tokens become the outline of a thing, and a small network reads them.
+"""Mask tokens: the VQ-VAE that writes a mask as sixteen codes and reads it back.
 
 Built in notebooks/16_mask_tokens.ipynb: edit it there, then run `make export`.
 """
 
-import argparse
 import hashlib
-import json
 import os
-import random
-import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from .processing import NUM_SEGS
-from .scenes import STYLES, make_scene
-from .weights import require_space
 
 __all__ = [
-    "MASK_SIDE",
-    "GRID_SIDE",
-    "CODES_PER_MASK",
-    "CODE_WIDTH",
     "DECODER_FILE",
-    "ENCODER_FILE",
     "crop_to_square",
     "mask_iou",
-    "ResidualBlock",
-    "MaskModule",
     "MaskEncoder",
     "Codebook",
     "MaskDecoder",
     "MaskVQVAE",
-    "draw_silhouette",
-    "scene_masks",
-    "MaskDataset",
-    "judge_masks",
-    "train_mask_tokens",
-    "build_parser",
-    "main",
+    "evaluate_reconstruction",
 ]
 
 MASK_SIDE = 64  # a mask is drawn into a square of this many pixels
@@ -298,8 +277,9 @@ class MaskVQVAE(nn.Module):
     """Encoder and decoder with the codebook between them.
 
     Training moves the codebook to running means, `decay` being the share of the old
-    mean that stays, and revives a code that is chosen less than `least` times a batch
-    (0: never). Source: van den Oord et al. 2017, the running means in its appendix.
+    mean that stays, and revives a code that is chosen less than `dead_threshold`
+    times a batch on average (0: never).
+    Source: van den Oord et al. 2017, the running means in its appendix.
     """
 
     def __init__(
@@ -307,11 +287,11 @@ class MaskVQVAE(nn.Module):
         encoder: MaskEncoder,
         decoder: MaskDecoder,
         decay: float = 0.99,
-        least: float = 0.1,
+        dead_threshold: float = 0.1,
     ):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
-        self.decay, self.least = decay, least
+        self.decay, self.dead_threshold = decay, dead_threshold
         # Running means of how many vectors chose a code, and of their sum.
         self.register_buffer("counts", torch.ones(NUM_SEGS), persistent=False)
         sums = decoder.codebook._embedding.clone()
@@ -343,25 +323,30 @@ class MaskVQVAE(nn.Module):
         commitment = F.mse_loss(features, chosen)
         passed = features + (chosen - features).detach()
         if self.training:
-            self.move_codes(features.detach().float(), codes)
+            self.update_codebook(features.detach().float(), codes)
         return self.decoder.decoder(passed), codes, commitment
 
     @torch.no_grad()
-    def move_codes(
+    def update_codebook(
         self, features: Float[Tensor, "B 512 4 4"], codes: Int[Tensor, "B 16"]
     ) -> None:
         """Move each code toward the mean of the vectors that chose it.
 
         A code that is dead, chosen too rarely on average, moves onto a random vector of
-        the batch.
+        the batch. Several processes count together; all use the first one's table.
         """
         vectors = features.flatten(2).transpose(1, 2).flatten(0, 1)  # [B * 16, 512]
         chose = F.one_hot(codes.flatten(), NUM_SEGS).to(vectors.dtype)  # [B * 16, 128]
-        self.counts.lerp_(chose.sum(dim=0), 1 - self.decay)
-        self.sums.lerp_(chose.T @ vectors, 1 - self.decay)
-        dead = self.counts < self.least
-        picks = torch.randint(len(vectors), (int(dead.sum()),), device=vectors.device)
-        self.sums[dead] = vectors[picks]
+        counts, sums = chose.sum(dim=0), chose.T @ vectors  # [128], [128, 512]
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(counts)
+            torch.distributed.all_reduce(sums)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        dead = self.counts < self.dead_threshold
+        # By the CPU's generator, whose state a saved run keeps.
+        picks = torch.randint(len(vectors), (int(dead.sum()),))
+        self.sums[dead] = vectors[picks.to(vectors.device)]
         self.counts[dead] = 1.0
         self.decoder.codebook._embedding.copy_(self.sums / self.counts[:, None])
 
@@ -372,91 +357,8 @@ class MaskVQVAE(nn.Module):
         return self.decoder.codebook.nearest(self.encoder(square))[0].tolist()
 
 
-def _draw_polygon(rng: random.Random, side: int) -> Image.Image:
-    "Corners around the middle, near and far from it: stars, triangles, splinters."
-    corners = rng.randint(3, 14)
-    turn = rng.uniform(0, 2 * np.pi)
-    points = []
-    for i in range(corners):
-        angle = turn + 2 * np.pi * i / corners
-        reach = rng.uniform(0.15, 0.5) * side
-        x, y = reach * np.cos(angle), reach * np.sin(angle)
-        points.append((side / 2 + x, side / 2 + y))
-    picture = Image.new("L", (side, side))
-    ImageDraw.Draw(picture).polygon(points, fill=255)
-    return picture
-
-
-def _draw_ellipses(rng: random.Random, side: int) -> Image.Image:
-    "One to four ellipses; after the first, some cut a hole instead."
-    picture = Image.new("L", (side, side))
-    for i in range(rng.randint(1, 4)):
-        x0, x1 = sorted(rng.uniform(0, side) for _ in range(2))
-        y0, y1 = sorted(rng.uniform(0, side) for _ in range(2))
-        value = 0 if i and rng.random() < 0.3 else 255
-        ImageDraw.Draw(picture).ellipse((x0, y0, x1, y1), fill=value)
-    return picture
-
-
-def _draw_strokes(rng: random.Random, side: int) -> Image.Image:
-    "One to three thick bent lines: handles, legs, letters."
-    picture = Image.new("L", (side, side))
-    for _ in range(rng.randint(1, 3)):
-        points = [(rng.uniform(0, side), rng.uniform(0, side)) for _ in range(3)]
-        width = max(1, round(rng.uniform(0.06, 0.25) * side))
-        ImageDraw.Draw(picture).line(points, fill=255, width=width, joint="curve")
-    return picture
-
-
-def _draw_blob(rng: random.Random, side: int) -> Image.Image:
-    "A few random cells, enlarged smoothly and cut at a level: clouds, lakes."
-    cells = rng.choice((3, 4, 6))
-    noise = Image.frombytes("L", (cells, cells), rng.randbytes(cells * cells))
-    smooth = noise.resize((side, side), Image.Resampling.BICUBIC)
-    level = rng.uniform(90, 160)
-    return smooth.point(lambda value: 255 * (value > level))
-
-
-def draw_silhouette(rng: random.Random) -> Bool[np.ndarray, "h w"]:
-    """A shape that is no sticker, cut out along its box: polygon, ellipses, line, blob.
-
-    Drawn at 16 to 128 pixels, so that coarse and fine edges occur, as in pictures.
-    """
-    side = rng.randint(16, 128)
-    while True:
-        draw = rng.choice((_draw_polygon, _draw_ellipses, _draw_strokes, _draw_blob))
-        picture = draw(rng, side)
-        box = picture.getbbox()
-        if box and min(box[2] - box[0], box[3] - box[1]) >= 4:
-            return np.asarray(picture.crop(box)) > 0
-
-
-def scene_masks(
-    seed: int, image_size: int = 128, styles: Sequence[str] = STYLES
-) -> Iterator[Bool[np.ndarray, "h w"]]:
-    """The visible part of each thing in a scene, cut out along its box."""
-    for thing in make_scene(seed, image_size, styles).objects:
-        yield thing.cropped_mask
-
-
-class MaskDataset(Dataset):
-    """The masks of a scene and as many silhouettes; an item depends on its index."""
-
-    def __init__(self, length: int, seed: int = 0):
-        self.length, self.seed = length, seed
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Float[Tensor, "n 1 64 64"]:
-        rng = random.Random(f"masks {self.seed} {index}")
-        masks = list(scene_masks(rng.randrange(10**9), rng.choice((96, 128, 256))))
-        masks += [draw_silhouette(rng) for _ in masks]
-        return torch.stack([crop_to_square(mask) for mask in masks])
-
-
 @torch.no_grad()
-def judge_masks(
+def evaluate_reconstruction(
     vqvae: MaskVQVAE, masks: Sequence[Bool[np.ndarray, "_ _"]]
 ) -> tuple[Float[Tensor, "n"], Int[Tensor, "n 16"]]:
     """How much of each mask survives sixteen tokens (IoU at 64 × 64), and its codes.
@@ -468,96 +370,7 @@ def judge_masks(
     ious, all_codes = [], []
     for part in squares.split(64):
         codes = vqvae.decoder.codebook.nearest(vqvae.encoder(part))  # [b, 16]
-        back = vqvae.decoder(codes)  # [b, 1, 64, 64]
-        ious.append(mask_iou(part[:, 0] > 0, back[:, 0] > 0))
+        drawn = vqvae.decoder(codes)  # [b, 1, 64, 64]
+        ious.append(mask_iou(part[:, 0] > 0, drawn[:, 0] > 0))
         all_codes.append(codes)
     return torch.cat(ious), torch.cat(all_codes)
-
-
-def train_mask_tokens(
-    vqvae: MaskVQVAE,
-    steps: int,
-    scenes_per_step: int = 8,
-    learning_rate: float = 1e-3,
-    seed: int = 0,
-    num_workers: int = 0,
-) -> list[dict[str, float]]:
-    """Train on masks of scenes and silhouettes; returns the log, a dict a step.
-
-    Adam with a short warm-up and half a cosine down to nothing. `used`: how many of
-    the 128 codes the batch used. Raises ValueError for fewer than two steps.
-    """
-    if steps < 2:
-        raise ValueError(f"steps is {steps}: warming up and cooling down takes two")
-    optimizer = torch.optim.Adam(vqvae.parameters(), lr=learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, learning_rate, total_steps=steps, pct_start=max(0.05, 1.5 / steps)
-    )
-    loader = DataLoader(
-        MaskDataset(steps * scenes_per_step, seed),
-        batch_size=scenes_per_step,
-        collate_fn=torch.cat,
-        num_workers=num_workers,
-    )
-    log = []
-    vqvae.train()
-    for masks in tqdm(loader, desc="mask tokens", unit="step"):
-        masks = masks.to(vqvae.sums.device)
-        back, codes, commitment = vqvae(masks)
-        loss = F.mse_loss(back, masks)
-        (loss + 0.25 * commitment).backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        log.append(
-            {
-                "step": len(log) + 1,
-                "loss": loss.item(),
-                "commitment": commitment.item(),
-                "iou": mask_iou(masks[:, 0] > 0, back[:, 0] > 0).mean().item(),
-                "used": codes.unique().numel(),
-            }
-        )
-    vqvae.eval()
-    return log
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Where to write, and how long to train."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlm.mask_tokens",
-        description="Train the VQ-VAE behind the seg tokens on masks of scenes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--output", required=True, help="folder for the two files and log.jsonl")
-    add("--steps", type=int, default=5000, help="updates")
-    add("--scenes_per_step", type=int, default=8, help="a scene has about 3 masks")
-    add("--learning_rate", type=float, default=1e-3, help="peak")
-    add("--seed", type=int, default=0, help="of scenes and starting values")
-    add("--num_workers", type=int, default=0, help="processes that draw masks")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; 2 and one clear line for what a user can get wrong."""
-    arguments = vars(build_parser().parse_args(argv))
-    output = Path(arguments.pop("output"))
-    try:
-        torch.manual_seed(arguments["seed"])
-        vqvae = MaskVQVAE(MaskEncoder(), MaskDecoder())
-        output.mkdir(parents=True, exist_ok=True)
-        require_space(output, sum(t.nbytes for t in vqvae.state_dict().values()))
-        log = train_mask_tokens(vqvae, **arguments)
-        vqvae.save_pretrained(output)
-        lines = "".join(json.dumps(entry) + "\n" for entry in log)
-        (output / "log.jsonl").write_text(lines, encoding="utf-8")
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"mask encoder and decoder in {output}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

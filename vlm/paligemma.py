@@ -22,7 +22,7 @@ from .merging import (
 from .projector import PaliGemmaMultiModalProjector
 from .siglip import SiglipVisionModel
 
-__all__ = ["next_token_loss", "place_tokens", "PaliGemmaForConditionalGeneration"]
+__all__ = ["PaliGemmaForConditionalGeneration"]
 
 
 def next_token_loss(
@@ -103,24 +103,19 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         """The number format of the weights."""
         return self.multi_modal_projector.linear.weight.dtype
 
-    def encode_images(
-        self, pixel_values: Float[Tensor, "B C S S"]
-    ) -> Float[Tensor, "B N D"]:
+    def encode_images(self, pixels: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
         """Pictures → soft tokens, not scaled: only text embeddings are."""
-        return self.multi_modal_projector(self.vision_tower(pixel_values))
+        return self.multi_modal_projector(self.vision_tower(pixels))
 
     def embed_inputs(
-        self,
-        input_ids: Int[Tensor, "B T"],
-        pixel_values: Float[Tensor, "pictures C S S"] | None,
+        self, input_ids: Int[Tensor, "B T"], features: Float[Tensor, "_ N D"] | None
     ) -> Float[Tensor, "B T D"]:
         """Token embeddings, with the pictures' features at the image tokens."""
         image_mask = input_ids == self.config.image_token_index  # [B, T]
         # The image token's id may lie outside the table, and its row is never used.
         token_ids = input_ids.masked_fill(image_mask, self.config.pad_token_id)
         inputs_embeds = self.language_model.model.embed(token_ids)  # [B, T, D]
-        if pixel_values is not None:
-            features = self.encode_images(pixel_values)  # [pictures, N, D]
+        if features is not None:
             features = share_pictures(features, input_ids.shape[0])  # [B, N, D]
             return merge_image_features(inputs_embeds, features, image_mask)
         if may_read(image_mask) and image_mask.any():
@@ -138,6 +133,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         position_ids: Int[Tensor, "B T"] | None = None,
         logits_to_keep: int = 0,
         output_attentions: bool = False,
+        output_image_hidden_states: bool = False,
     ) -> dict[str, Any]:
         """One pass: prefill, training, or a decode step with a filled cache.
 
@@ -147,22 +143,26 @@ class PaliGemmaForConditionalGeneration(nn.Module):
           [B, 1, T, M]. `token_type_ids` [B, M]: 0 image and prompt, 1 answer.
         - `labels`: ids to learn, or -100. `logits_to_keep`: the last n places, 0 all.
 
-        Returns `logits` [B, T, V], `kv_cache`, `loss` given labels, `attentions` (each
-        layer's [B, H, T, M]) if asked. Raises ValueError where shapes disagree, and
-        where image tokens and pictures do: on the CPU, elsewhere the logits are NaN.
+        Returns `logits` [B, T, V], `kv_cache`, `loss` given labels; if asked, each
+        layer's `attentions` [B, H, T, M], the projector's `image_hidden_states`. Raises
+        ValueError where shapes or image tokens disagree (not on a GPU: logits are NaN).
         """
         if labels is not None and token_type_ids is None:
             raise ValueError("labels need token_type_ids, or answers see their future")
         past = kv_cache.num_items() if kv_cache is not None else 0
         mask, places = place_tokens(input_ids, past, attention_mask, token_type_ids)
+        is_new = pixel_values is not None and not past
+        features = self.encode_images(pixel_values) if is_new else None
         outputs = self.language_model(
-            inputs_embeds=self.embed_inputs(input_ids, None if past else pixel_values),
+            inputs_embeds=self.embed_inputs(input_ids, features),
             attention_mask=mask,  # [B, 1, T, M]
             kv_cache=kv_cache,
             position_ids=places if position_ids is None else position_ids,
             logits_to_keep=logits_to_keep,
             output_attentions=output_attentions,
         )
+        if output_image_hidden_states:
+            outputs["image_hidden_states"] = features
         if labels is not None:
             check_ids("labels", labels, input_ids.shape)
             labels = labels[:, -logits_to_keep:]  # -0 keeps all of them

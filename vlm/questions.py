@@ -17,18 +17,11 @@ from .processing import box_to_locs, codes_to_segs
 from .scenes import Scene, all_kinds, find_kind
 
 __all__ = [
-    "NUMBER_WORDS",
     "EMPTY_CAPTION",
     "EncodeMask",
-    "RELATIONS",
-    "caption",
     "parse_caption",
-    "object_strings",
-    "neighbor",
     "Question",
     "caption_question",
-    "detect_question",
-    "segment_question",
     "count_question",
     "presence_question",
     "relation_questions",

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["rotate_half", "GemmaRotaryEmbedding", "apply_rotary_pos_emb"]
+__all__ = ["GemmaRotaryEmbedding", "apply_rotary_pos_emb"]
 
 
 def rotate_half(states: Float[Tensor, "*B Dh"]) -> Float[Tensor, "*B Dh"]:

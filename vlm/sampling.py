@@ -19,16 +19,7 @@ from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import IMAGE_TOKEN
 
 __all__ = [
-    "Stop",
-    "apply_temperature",
-    "keep_top_k",
-    "keep_top_p",
-    "sample_next_token",
     "GenerationSettings",
-    "prefill",
-    "decode_one_token",
-    "make_cache",
-    "token_steps",
     "TextDecoder",
     "Generation",
     "check_inputs",

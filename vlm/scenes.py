@@ -20,27 +20,18 @@ from .backgrounds import draw_background
 from .processing import Box
 
 __all__ = [
-    "STYLES",
     "TRAINING_STYLES",
     "VALIDATION_STYLE",
     "TEST_STYLE",
-    "ALL_STYLES",
     "TRAINING_SEEDS",
     "VALIDATION_SEEDS",
     "TEST_SEEDS",
     "ASSETS",
-    "Kind",
     "all_kinds",
     "find_kind",
     "style_kinds",
-    "load_sticker",
-    "ColorJitter",
-    "Placement",
-    "ScenePlan",
-    "plan_scene",
     "SceneObject",
     "Scene",
-    "draw_scene",
     "make_scene",
 ]
 

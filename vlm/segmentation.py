@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from math import floor
 from numbers import Integral
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .detection import COLORS, Detection, ParsedObjects, draw_detections, split_objects
+from .hub import ADAPTER_CONFIG, adapter_base, find_checkpoint
 from .mask_tokens import DECODER_FILE, MaskDecoder, mask_iou
 from .processing import (
     Box,
@@ -28,22 +30,11 @@ from .processing import (
     segs_to_codes,
 )
 from .sampling import Generation
-from .scenes import SceneObject
-from .weights import ADAPTER_CONFIG, adapter_base, find_checkpoint
 
-__all__ = [
-    "GOOGLE_DECODER",
-    "GOOGLE_BYTES",
-    "GOOGLE_SHA256",
-    "Segmentation",
-    "pixel_span",
-    "paste_mask",
-    "parse_segmentations",
-    "draw_segmentations",
-    "object_ious",
-    "mean_iou",
-    "load_mask_decoder",
-]
+if TYPE_CHECKING:  # running a model needs no renderer
+    from .scenes import SceneObject
+
+__all__ = ["parse_segmentations", "draw_segmentations", "mean_iou", "load_mask_decoder"]
 
 # The decoder of Google's checkpoints: its name, size and fingerprint.
 GOOGLE_DECODER = "vae-oid.npz"
@@ -177,7 +168,7 @@ def draw_segmentations(
 
 
 def object_ious(
-    found: Sequence[Segmentation], things: Sequence[SceneObject]
+    found: Sequence[Segmentation], things: "Sequence[SceneObject]"
 ) -> list[float]:
     """The mask IoU of each true thing with the found one that it is matched with.
 
@@ -206,7 +197,7 @@ def object_ious(
 
 
 def mean_iou(
-    found: Sequence[Sequence[Segmentation]], things: Sequence[Sequence[SceneObject]]
+    found: Sequence[Sequence[Segmentation]], things: "Sequence[Sequence[SceneObject]]"
 ) -> float:
     """The mean of `object_ious` over all true things of all pictures together.
 

@@ -11,14 +11,7 @@ from torch.nn import functional as F
 from .config import SiglipVisionConfig
 from .patch_embeddings import SiglipVisionEmbeddings
 
-__all__ = [
-    "SiglipAttention",
-    "SiglipMLP",
-    "SiglipEncoderLayer",
-    "SiglipEncoder",
-    "SiglipVisionTransformer",
-    "SiglipVisionModel",
-]
+__all__ = ["SiglipVisionModel"]
 
 
 class SiglipAttention(nn.Module):

@@ -16,13 +16,7 @@ from .processing import IMAGE_TOKEN, NUM_LOCS, NUM_SEGS, loc_token, seg_token
 from .questions import EMPTY_CAPTION, caption_question, relation_questions
 from .scenes import TRAINING_SEEDS, all_kinds, make_scene
 
-__all__ = [
-    "SPECIAL_TOKENS",
-    "BYTE_TOKENS",
-    "WORD",
-    "tokenizer_corpus",
-    "train_tokenizer",
-]
+__all__ = ["tokenizer_corpus", "train_tokenizer"]
 
 
 def tokenizer_corpus(num_scenes: int, seed: int = 0) -> Iterator[str]:

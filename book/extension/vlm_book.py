@@ -1,8 +1,8 @@
 """What the rendered book adds to the notebooks, without touching them.
 
 - `#|` lines (nbdev's directives) are stripped; a cell that has nothing else goes away.
-- `#| default_exp rope` becomes a badge that says which module the chapter builds, and
-  exported cells get a tab with the file's name. Both link to the API page.
+- `#| default_exp rope` becomes a badge that names the modules that the chapter builds,
+  and exported cells get a tab with the file's name. Both link to the API page.
 - Chapter numbers come from file names: `05_rope.ipynb` is chapter 5.
 - The API page lists every module that a notebook exports, in the order of the book.
 - Scripts and styles come from `book/`, so that no page asks the network for anything.
@@ -42,6 +42,15 @@ def api_link(module: str, text: str, *classes: str) -> addnodes.pending_xref:
     return link
 
 
+def built_modules(notebook: Path) -> list[str]:
+    """The modules that a notebook exports: the chapter's own, then its helpers."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    found = DIRECTIVE.findall("\n".join("".join(c["source"]) for c in cells))
+    names = [name for word, name in found if word == "default_exp"]
+    names += [name for word, name in found if word == "export" and name]
+    return [n for n in dict.fromkeys(names) if (ROOT / "vlm" / f"{n}.py").exists()]
+
+
 class ReadableCells(SphinxTransform):
     """Strip `#|` lines, drop cells that were only those, and say what is exported."""
 
@@ -51,17 +60,16 @@ class ReadableCells(SphinxTransform):
         chapter = CHAPTER.match(self.env.docname)
         if not chapter:
             return
-        module = chapter[2]
-        self.link = lambda text: api_link(module, text, "module-file")
+        self.modules = built_modules(ROOT / f"{self.env.docname}.ipynb")
         cells = [
             node
             for node in self.document.findall(nodes.container)
             if node.get("nb_element") == "cell_code"
         ]
         for cell in cells:
-            self.tidy(cell, module)
+            self.tidy(cell)
 
-    def tidy(self, cell: nodes.container, module: str) -> None:
+    def tidy(self, cell: nodes.container) -> None:
         sources = [
             block
             for part in cell.children
@@ -80,7 +88,9 @@ class ReadableCells(SphinxTransform):
         if "default_exp" in found:
             badge = nodes.paragraph("", classes=["builds-badge"])
             badge += nodes.inline("", "This chapter builds ")
-            badge += self.link(f"vlm/{module}.py")
+            for number, module in enumerate(self.modules):
+                badge += nodes.inline("", ", " if number else "")
+                badge += api_link(module, f"vlm/{module}.py", "module-file")
             cell.replace_self(badge)
         elif not code:
             cell.parent.remove(cell)
@@ -90,7 +100,8 @@ class ReadableCells(SphinxTransform):
             if {"export", "exporti", "exports"} & set(found):
                 cell["classes"].append("exported")
                 tab = nodes.paragraph("", classes=["export-tab"])
-                tab += self.link(f"vlm/{module}.py")
+                module = found.get("export") or self.modules[0]
+                tab += api_link(module, f"vlm/{module}.py", "module-file")
                 cell.insert(0, tab)
 
 
@@ -120,18 +131,13 @@ def drop_icon_font(app: Sphinx, doctree: nodes.document) -> None:
 
 
 def exported_modules() -> list[tuple[str, str, str]]:
-    """Every chapter that builds a module: (number, name, title), in order."""
+    """Every module that a chapter builds: (chapter, name, chapter's title)."""
     found = []
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         sources = ["".join(cell["source"]) for cell in cells]
-        name = next(
-            (m[1] for s in sources if (m := re.match(r"#\| *default_exp +(\w+)", s))),
-            "",
-        )
         title = next((s.splitlines()[0][2:] for s in sources if s.startswith("# ")), "")
-        if name and (ROOT / "vlm" / f"{name}.py").exists():
-            found.append((path.stem, name, title))
+        found += [(path.stem, name, title) for name in built_modules(path)]
     return found
 
 
@@ -145,7 +151,8 @@ def fill_api_page(app: Sphinx, docname: str, source: list[str]) -> None:
         sections.append(
             f"(api-{name})=\n## vlm.{name}\n\n"
             f"Chapter {int(stem[:2])}, [{title}](../notebooks/{stem}.ipynb).\n\n"
-            f"```{{eval-rst}}\n.. automodule:: vlm.{name}\n   :members:\n```\n"
+            f"```{{eval-rst}}\n.. automodule:: vlm.{name}\n   :members:\n"
+            "   :ignore-module-all:\n```\n"
         )
     source[0] = "\n".join(sections)
 

@@ -45,12 +45,14 @@ BOXES = (
     Box("detection", 746, 112, 94, 34, SUFFIX, "detection"),
     Box("segmentation", 746, 180, 94, 34, SUFFIX, "segmentation"),
     Box("mask_tokens", 746, 238, 94, 34, SUFFIX, "mask_tokens"),
-    Box("scenes", 116, 316, 112, 40, EXTRA, "scenes", "a world"),
-    Box("training", 252, 316, 112, 40, EXTRA, "training", "learning"),
-    Box("weights", 388, 316, 100, 40, EXTRA, "weights", "files"),
-    Box("speed", 502, 316, 100, 40, EXTRA, "speed", "hardware"),
+    Box("scenes", 116, 316, 84, 40, EXTRA, "scenes", "a world"),
+    Box("training", 220, 316, 84, 40, EXTRA, "training", "one trainer"),
+    Box("pretraining", 324, 316, 98, 40, EXTRA, "pretraining", "the recipe"),
+    Box("weights", 442, 316, 80, 40, EXTRA, "weights", "files"),
+    Box("speed", 536, 316, 80, 40, EXTRA, "speed", "hardware"),
     Box("finetuning", 634, 316, 98, 40, EXTRA, "finetuning", "your data"),
-    Box("inference", 742, 316, 98, 40, EXTRA, "inference", "one command"),
+    Box("inference", 742, 284, 98, 32, EXTRA, "inference"),
+    Box("playground", 742, 324, 98, 32, EXTRA, "playground"),
 )
 FRAME = {"config", "paligemma"}  # these chapters are about the whole model
 MODULES = {box.module for box in BOXES} | FRAME
@@ -71,8 +73,9 @@ ARROWS = (
     ("726,172 736,172 736,197 746,197", SUFFIX),
     ("793,238 793,214", SUFFIX),
     ("680,190 680,288 495,288 495,272", SUFFIX),
-    ("228,336 252,336", EXTRA),
-    ("364,336 388,336", EXTRA),
+    ("200,336 220,336", EXTRA),
+    ("304,336 324,336", EXTRA),
+    ("422,336 442,336", EXTRA),
 )
 
 

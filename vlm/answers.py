@@ -1,0 +1,160 @@
+"""Answers about images: token by token, as text, table, COCO objects or a drawing.
+
+Built in notebooks/24_inference.ipynb: edit it there, then run `make export`.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+from tqdm import tqdm
+
+from .cli import print_err, printable
+from .detection import ParsedObjects, draw_detections, parse_detections
+from .mask_tokens import MaskDecoder
+from .paligemma import PaliGemmaForConditionalGeneration
+from .processing import PaliGemmaProcessor
+from .sampling import Generation, GenerationSettings, check_inputs, generation_steps
+from .segmentation import draw_segmentations, parse_segmentations
+
+__all__ = [
+    "answer_steps",
+    "parse_answer",
+    "draw_answer",
+    "format_table",
+    "answer_warnings",
+    "print_answers",
+]
+
+
+def answer_steps(
+    model: PaliGemmaForConditionalGeneration,
+    processor: PaliGemmaProcessor,
+    prompt: str,
+    images: Sequence[Image.Image],
+    settings: GenerationSettings,
+) -> Iterator[list[Generation]]:
+    """Yield the answers, one for each image, after every token: they grow.
+
+    Raises ValueError, before the first token, where an answer may not fit.
+    """
+    inputs = processor(text=[prompt] * len(images), images=images)
+    check_inputs(model, inputs, settings)
+    yield from generation_steps(model, processor.tokenizer, inputs, settings)
+
+
+def parse_answer(
+    prompt: str,
+    answer: Generation,
+    size: tuple[int, int],
+    decoder: MaskDecoder | None = None,
+) -> ParsedObjects | None:
+    """What the answer found, in pixels of the upright image: `size` is (W, H).
+
+    Detections for `detect …`, Segmentations for `segment …`, None for other tasks.
+    """
+    task = prompt.split()[0]
+    if task == "segment":
+        return parse_segmentations(answer, *size, decoder)
+    return parse_detections(answer, *size) if task == "detect" else None
+
+
+def draw_answer(image: Image.Image, found: ParsedObjects | None) -> Image.Image:
+    """A copy of the image, with the boxes and masks of what was found."""
+    has_masks = any(hasattr(one, "mask") for one in found or ())
+    return (draw_segmentations if has_masks else draw_detections)(image, found or ())
+
+
+def format_table(found: ParsedObjects) -> str:
+    """What was found, a line each: label, x0 y0 x1 y1 in pixels, score.
+
+    Segmentations have a column more: how many pixels the mask has.
+    """
+    has_masks = any(hasattr(one, "mask") for one in found)
+    rows = [["label", "x0", "y0", "x1", "y1", *["mask"] * has_masks, "score"]]
+    for one in found:
+        label, pixels = " ".join(one.label.split()), [*map(round, one.box)]
+        pixels += [one.mask.sum()] if has_masks else []
+        rows.append([label, *map(str, pixels), f"{one.score:.2f}"])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = [] if found else ["nothing found"]
+    for label, *numbers in rows if found else ():
+        cells = map(str.rjust, numbers, widths[1:])
+        lines.append("  ".join([label.ljust(widths[0]), *cells]))
+    if found.invalid:
+        lines.append(f"{found.invalid} left out: no valid box or mask")
+    if found.repeated:
+        lines.append(f"{found.repeated} left out: written before, token by token")
+    return "\n".join(lines)
+
+
+def to_coco(found: ParsedObjects) -> list[dict[str, Any]]:
+    """What was found, in COCO's form: label, score, bbox, and a mask's segmentation.
+
+    bbox is [x, y, width, height] in pixels of the image; segmentation is run lengths
+    as pycocotools writes them: {"size": [height, width], "counts": "…"}.
+    """
+    objects = []
+    for one in found:
+        x0, y0, x1, y1 = one.box
+        bbox = [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)]
+        entry = {"label": one.label, "score": round(one.score, 4), "bbox": bbox}
+        if hasattr(one, "mask"):
+            runs = coco_mask.encode(np.asfortranarray(one.mask, dtype=np.uint8))
+            entry["segmentation"] = runs | {"counts": runs["counts"].decode()}
+        objects.append(entry)
+    return objects
+
+
+def answer_warnings(answer: Generation, eos_token_id: int) -> list[str]:
+    """What to know about an answer: that it was cut off, if it was."""
+    if answer.token_ids[-1] == eos_token_id:
+        return []
+    return [f"cut after {len(answer.token_ids)} tokens: a higher limit allows more"]
+
+
+def print_answers(
+    model: PaliGemmaForConditionalGeneration,
+    processor: PaliGemmaProcessor,
+    prompt: str,
+    images: dict[str, Image.Image],
+    settings: GenerationSettings,
+    decoder: MaskDecoder | None = None,
+    outputs: dict[str, Path] | None = None,
+    style: str = "stream",
+) -> list[str]:
+    """Ask about `images`, by file; print the answers, and return their texts.
+
+    `style`: "stream" prints the one answer as it is made, "text" each complete answer
+    after its file, "json" an object a line. `outputs`: where to draw, by file.
+    """
+    for answers in answer_steps(model, processor, prompt, [*images.values()], settings):
+        if style == "stream":
+            print(answers[0].pieces[-1], end="", flush=True)
+    for (file, image), answer in zip(images.items(), answers):
+        found = parse_answer(prompt, answer, image.size, decoder)
+        warnings = answer_warnings(answer, processor.tokenizer.eos_token_id)
+        with tqdm.external_write_mode():  # above the bar, if there is one
+            if style == "json":
+                objects = ParsedObjects() if found is None else found
+                record = dict(file=file, width=image.width, height=image.height)
+                record |= dict(prompt=prompt, answer=answer.text)
+                record |= dict(truncated=bool(warnings), objects=to_coco(objects))
+                record |= dict(invalid=objects.invalid, repeated=objects.repeated)
+                print(json.dumps(record), flush=True)
+            else:
+                named = f"{printable(file)}: {answer.text}"
+                print("" if style == "stream" else named, flush=True)
+                if found is not None:
+                    print(format_table(found), flush=True)
+        if outputs:
+            draw_answer(image, found).save(outputs[file])
+            drawn = f"wrote {outputs[file]}{'' if found else ', without a box'}"
+            warnings += [drawn] if style == "stream" else []
+        for line in warnings:
+            print_err(line if style == "stream" else f"{file}: {line}")
+    return [answer.text for answer in answers]

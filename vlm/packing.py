@@ -1,0 +1,56 @@
+"""Sequence packing: several questions about one image in one row, with segment ids.
+
+Built in notebooks/17_training.ipynb: edit it there, then run `make export`.
+"""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+__all__ = ["pack_questions", "packed_mask"]
+
+
+def pack_questions(
+    questions: list[tuple[list[int], list[int]]], num_image_tokens: int
+) -> dict[str, Int[Tensor, "T"]]:
+    """Several questions about one image in one row: image tokens, then all of them.
+
+    `questions`: (prefix ids, image tokens first; suffix ids) of each. Returns
+    `input_ids`, `position_ids`, `token_type_ids` and `segment_ids` (0 image, 1, 2, …).
+    Each question counts its positions on from the image, as if it stood alone.
+    """
+    input_ids = questions[0][0][:num_image_tokens]
+    position_ids = list(range(num_image_tokens))
+    token_type_ids = [0] * num_image_tokens
+    segment_ids = [0] * num_image_tokens
+    for number, (prefix, suffix) in enumerate(questions, start=1):
+        prefix = prefix[num_image_tokens:]
+        length = len(prefix) + len(suffix)
+        input_ids += prefix + suffix
+        position_ids += range(num_image_tokens, num_image_tokens + length)
+        token_type_ids += [0] * len(prefix) + [1] * len(suffix)
+        segment_ids += [number] * length
+    return {
+        "input_ids": torch.tensor(input_ids),
+        "position_ids": torch.tensor(position_ids),
+        "token_type_ids": torch.tensor(token_type_ids),
+        "segment_ids": torch.tensor(segment_ids),
+    }
+
+
+def packed_mask(
+    segment_ids: Int[Tensor, "B T"], token_type_ids: Int[Tensor, "B T"]
+) -> Bool[Tensor, "B 1 T T"]:
+    """Who attends to whom in packed rows (padding has segment -1).
+
+    Everyone attends to the image. A question attends to itself by the prefix-LM rule,
+    and to no other question. The image attends to the first question's prompt, as it
+    will when a question stands alone; through all prompts, it would mix the questions.
+    """
+    block = token_type_ids.cumsum(dim=1)  # [B, T]
+    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
+    earlier = block[:, None, :] <= block[:, :, None]  # [B, T, T]
+    mask = (query == key) & earlier
+    mask = mask | ((key == 0) & (query >= 0))
+    first_prompt = (key == 1) & (token_type_ids == 0)[:, None, :]
+    return (mask | ((query == 0) & first_prompt))[:, None]  # [B, 1, T, T]

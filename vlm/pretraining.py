@@ -1,0 +1,300 @@
+"""Pretraining: the one recipe that makes the embedded model from nothing.
+
+Built in notebooks/18_pretraining.ipynb: edit it there, then run `make export`.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from huggingface_hub import ModelCard
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from .auxiliary import AuxiliaryHeads
+from .hub import EMBEDDED
+from .initialization import new_model
+from .mask_tokens import Codebook, MaskDecoder, MaskVQVAE
+from .packing import packed_mask
+from .paligemma import PaliGemmaForConditionalGeneration
+from .processing import NUM_SEGS, PaliGemmaProcessor, seg_token
+from .questions import sample_question
+from .runs import publish, run_command, run_folder, setting
+from .scene_dataset import TASKS, SceneDataset, collate, encode_masks
+from .scenes import ASSETS, VALIDATION_SEEDS, make_scene
+from .training import (
+    Objective,
+    SuffixLoss,
+    TrainingConfig,
+    learning_rate_at,
+    make_accelerator,
+    train,
+)
+from .weights import load_hf_model, make_processor, save_hf_model
+
+
+@dataclass(kw_only=True)
+class PretrainingConfig(TrainingConfig):
+    """The recipe. Each trick has a value that turns it off; ValueError for an odd one.
+
+    First `vision_steps` of image encoder and projector, then the rest of everything.
+    """
+
+    # In batches of 64, 1.15 million pictures, none twice.
+    steps: int = setting(18_000, "updates of the weights, in both phases together")
+    # A step of the first phase takes a fifth of the time of a later one.
+    vision_steps: int = setting(2000, "of them in the first phase; 0: no such phase")
+    # Less padding than in 64 rows together, and less memory.
+    micro_batch_size: int = setting(8, "images at once in a process; 0: all of them")
+    weight_decay: float = setting(0.05, "of matrices; vectors have none")
+    num_workers: int = setting(2, "processes that draw scenes")
+    # One of each task: a picture costs more than a question.
+    questions_per_image: int = setting(6, "packed into one row; 1: no packing")
+    # There are three; together they weigh about as much as the text.
+    auxiliary_weight: float = setting(0.3, "of the auxiliary losses; 0: none of them")
+    # Which pixels are the object's: what `segment` will be asked.
+    mask_weight: float = setting(1.0, "of masks among them; 0: no masks")
+    # Four of ten suffix tokens are seg tokens, and each of them matters little.
+    seg_weight: float = setting(0.5, "of a seg token; any other token of a suffix: 1")
+    # Many codes draw nearly the same outline.
+    seg_targets: str = setting("soft", "soft, or hard: one right code")
+    # Neighbors begin as neighbors.
+    loc_init: str = setting("fourier", "of loc embeddings: fourier or random")
+    position_init: str = setting("sincos", "of patch positions: sincos or random")
+    # PaliGemma's own number.
+    num_key_value_heads: int = setting(1, "of the decoder: 1, 2 or 4")
+    mask_tokens: str = setting(str(EMBEDDED), "folder with mask encoder and decoder")
+    evaluation_scenes: int = setting(500, "in the model card's table; 0: no table")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (
+            ("questions_per_image", range(1, len(TASKS) + 1)),
+            ("seg_targets", ("soft", "hard")),
+            ("loc_init", ("fourier", "random")),
+            ("position_init", ("sincos", "random")),
+            ("num_key_value_heads", (1, 2, 4)),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(f"{name}={value!r} is not one of {[*allowed]}")
+        if self.vision_steps >= self.steps:
+            raise ValueError(
+                f"vision_steps={self.vision_steps} must be below steps={self.steps}"
+            )
+        if self.vision_steps and not self.auxiliary_weight:
+            raise ValueError("no auxiliary losses, no vision phase: --vision_steps 0")
+
+
+def soft_targets(codebook: Codebook) -> Float[Tensor, "128 128"]:
+    """For each right code, a distribution over all codes that favors similar ones.
+
+    A softmax of minus the squared distance, in units of the median distance from a
+    code to its nearest neighbor.
+    """
+    distance = torch.cdist(codebook._embedding, codebook._embedding).square()
+    nearest = distance.topk(2, largest=False).values[:, 1]  # the first is itself
+    return (-distance / nearest.median()).softmax(dim=-1)
+
+
+BOX_WEIGHT = 5.0  # distances are fractions of a picture; DETR multiplies them by 5 too
+
+
+class PretrainingObjective(Objective):
+    """Text loss and auxiliary losses, in one forward pass.
+
+    A batch without questions trains image encoder and projector alone.
+    """
+
+    names = ("text", *AuxiliaryHeads.names)
+
+    def __init__(
+        self,
+        model: PaliGemmaForConditionalGeneration,
+        codebook: Codebook,
+        first_seg: int,
+        config: PretrainingConfig,
+    ):
+        """`first_seg`: the id of `<seg000>`."""
+        super().__init__()
+        self.model, self.heads = model, AuxiliaryHeads(model.config)
+        weights = (1.0, BOX_WEIGHT, config.mask_weight)
+        self.weights = (1.0, *(config.auxiliary_weight * weight for weight in weights))
+        self.first_seg, self.seg_weight = first_seg, config.seg_weight
+        is_soft = config.seg_targets == "soft"
+        targets = soft_targets(codebook) if is_soft else torch.eye(NUM_SEGS)
+        self.register_buffer("seg_targets", targets)  # [128, 128]
+
+    def _is_seg(self, ids: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
+        return (ids >= self.first_seg) & (ids < self.first_seg + NUM_SEGS)
+
+    def _token_weights(self, batch: dict[str, Tensor]) -> Float[Tensor, "B T"]:
+        "What each token weighs in the text loss: nothing, but for suffixes."
+        weights = batch["token_type_ids"].float()
+        is_seg = self._is_seg(batch["input_ids"])
+        return torch.where(is_seg, self.seg_weight * weights, weights)
+
+    def counts(self, batch: dict[str, Tensor]) -> Float[Tensor, "4"]:
+        """The weight of all suffix tokens, then `AuxiliaryHeads.counts`."""
+        auxiliary = self.heads.counts(batch["patch_classes"])
+        text = auxiliary.new_zeros(1)
+        if "input_ids" in batch:
+            text = self._token_weights(batch).sum()[None]
+        return torch.cat([text, auxiliary])
+
+    def text_loss(
+        self, logits: Float[Tensor, "B n V"], batch: dict[str, Tensor]
+    ) -> Float[Tensor, ""]:
+        """Weighted sum of cross-entropies, each position predicting the next token."""
+        n = logits.shape[1]
+        log_probs = logits[:, :-1].float().log_softmax(dim=-1)  # [B, n - 1, V]
+        ids = batch["input_ids"][:, 1 - n :]  # [B, n - 1]
+        losses = -log_probs.gather(-1, ids[..., None])[..., 0]  # [B, n - 1]
+        is_seg = self._is_seg(ids)
+        targets = self.seg_targets[ids[is_seg] - self.first_seg]  # [seg tokens, 128]
+        columns = slice(self.first_seg, self.first_seg + NUM_SEGS)
+        seg_losses = -(targets * log_probs[is_seg][:, columns]).sum(dim=-1)
+        losses = losses.masked_scatter(is_seg, seg_losses)
+        return (losses * self._token_weights(batch)[:, 1 - n :]).sum()
+
+    def forward(self, batch: dict[str, Tensor]) -> Float[Tensor, "4"]:
+        """The sum of each loss; `counts` says what it will be divided by."""
+        if "input_ids" in batch:
+            num_image_tokens = self.model.config.vision_config.num_image_tokens
+            ids, types = batch["input_ids"], batch["token_type_ids"]
+            outputs = self.model(
+                input_ids=ids,
+                pixel_values=batch["pixel_values"],
+                attention_mask=packed_mask(batch["segment_ids"], types),
+                position_ids=batch["position_ids"],
+                logits_to_keep=ids.shape[1] - num_image_tokens,
+                output_image_hidden_states=True,
+            )
+            features = outputs["image_hidden_states"]  # [B, N, D]
+            text = self.text_loss(outputs["logits"], batch)
+        else:
+            features = self.model.encode_images(batch["pixel_values"])  # [B, N, D]
+            text = torch.zeros((), device=features.device)
+        return torch.cat([text[None], self.heads(features, batch)])
+
+
+def two_phase_schedule(step: int, config: PretrainingConfig) -> float:
+    """The learning rate at `step` (from 0): warm-up and cosine, once in each phase."""
+    first, peak = config.vision_steps, config.learning_rate
+    if step < first:
+        return learning_rate_at(step, first, peak)
+    return learning_rate_at(step - first, config.steps - first, peak)
+
+
+@torch.no_grad()
+def validation_loss(
+    model: PaliGemmaForConditionalGeneration,
+    processor: PaliGemmaProcessor,
+    vqvae: MaskVQVAE,
+    num_scenes: int = 100,
+) -> float:
+    """Mean cross-entropy of a suffix token on validation scenes.
+
+    A question of each task, each alone, all tokens alike: one measure for all recipes.
+    """
+    objective, total = SuffixLoss(model), torch.zeros(2)  # [sum, count]
+    for seed in VALIDATION_SEEDS[:num_scenes]:
+        scene = make_scene(seed, processor.image_size)
+        rng = random.Random(f"questions {seed}")
+        encode_mask = encode_masks(scene, vqvae)
+        questions = [sample_question(scene, task, rng, encode_mask) for task in TASKS]
+        prompts, answers = zip(*[(q.prompt, q.answer) for q in questions])
+        batch = processor(prompts, [scene.image], answers)
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        total += torch.cat([objective(batch), objective.counts(batch)]).cpu()
+    return (total[0] / total[1]).item()
+
+
+def write_card(folder: Path, name: str, config: PretrainingConfig) -> None:
+    """Write the model card, README.md: what it is and the command that made it."""
+    flags = [
+        f" --{option.name} {getattr(config, option.name)}"
+        for option in fields(config)
+        if getattr(config, option.name) != option.default
+    ]
+    template = (ASSETS / "pretrained" / "card.md").read_text(encoding="utf-8")
+    card = template.format(
+        name=name,
+        command=f"python -m vlm.pretraining --output runs/{name}{''.join(flags)}",
+        images=config.steps * config.batch_size,
+        batch_size=config.batch_size,
+        vision_steps=config.vision_steps,
+        other_steps=config.steps - config.vision_steps,
+    )
+    ModelCard(card).save(folder / "README.md")
+
+
+def run(
+    config: PretrainingConfig,
+    output: Path,
+    resume: bool = False,
+    stop_after: int | None = None,
+    evaluate: Callable[[Path, int], None] | None = None,
+) -> str:
+    """Make the embedded model in `output`; returns what to tell the user.
+
+    `evaluate(folder, scenes)` writes the model card's table. Raises as `train`, and
+    FileNotFoundError for missing mask tokens.
+    """
+    vqvae = MaskVQVAE.from_pretrained(config.mask_tokens)
+    codebook = vqvae.decoder.codebook
+    model, tokenizer = new_model(
+        config.seed,
+        num_key_value_heads=config.num_key_value_heads,
+        loc_init=config.loc_init,
+        position_init=config.position_init,
+    )
+    processor = make_processor(model, tokenizer)
+    first_seg = tokenizer.convert_tokens_to_ids(seg_token(0))
+    accelerator = make_accelerator(config.mixed_precision)
+    objective = PretrainingObjective(model, codebook, first_seg, config)
+    vision_only = config.vision_steps * config.batch_size
+    dataset = SceneDataset(processor, vqvae, vision_only, config.questions_per_image)
+    train(
+        *(objective, dataset, collate, config, output, resume, stop_after),
+        schedule=partial(two_phase_schedule, config=config),
+        evaluate=lambda step: {
+            "validation_loss": validation_loss(model, processor, vqvae)
+        },
+        about={"codebook": hashlib.sha256(codebook._embedding.numpy()).hexdigest()},
+        free=("mask_tokens", "evaluation_scenes"),
+        accelerator=accelerator,
+    )
+    if stop_after and stop_after < config.steps:
+        return f"stopped at step {stop_after}: --resume goes on"
+    if accelerator.is_main_process:
+        result = run_folder(output) / "result"
+        save_hf_model(model, tokenizer, result, companions_from=config.mask_tokens)
+        write_card(result, output.name, config)
+        if evaluate and config.evaluation_scenes:
+            evaluate(result, config.evaluation_scenes)
+        publish(output)
+    return f"model, mask tokens, log and model card in {output}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status, as `run_command`."""
+    from .evaluation import evaluate, write_results  # a later chapter's
+
+    def evaluate_folder(folder: Path, num_scenes: int) -> None:
+        model, tokenizer = load_hf_model(folder)
+        decoder = MaskDecoder.from_pretrained(folder)
+        numbers = evaluate(model, tokenizer, decoder, num_scenes=num_scenes)
+        write_results(folder, numbers)
+
+    about = "Make the embedded model from nothing."
+    command = partial(run, evaluate=evaluate_folder)
+    return run_command(about, PretrainingConfig, command, argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
