@@ -19,6 +19,7 @@ from reference import STORED_TURNS, randomize, tiny_config, tiny_tokenizer
 from tokenizers import Tokenizer, models
 
 import vlm.processing
+from vlm.images import image_to_pixels, load_image
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import (
     EXTRA_TOKENS,
@@ -28,8 +29,6 @@ from vlm.processing import (
     box_to_locs,
     check_tokens,
     codes_to_segs,
-    image_to_pixels,
-    load_image,
     loc_token,
     locs_to_box,
     normalize_prompt,

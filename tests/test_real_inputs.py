@@ -15,11 +15,12 @@ from reference import STORED_TURNS, randomize, tiny_config
 
 import vlm.answers
 from vlm.answers import parse_answer
+from vlm.images import image_to_pixels, load_image
 from vlm.inference import test_inference
 from vlm.mask_tokens import MaskDecoder
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.playground import Playground
-from vlm.processing import PaliGemmaProcessor, image_to_pixels, load_image
+from vlm.processing import PaliGemmaProcessor
 from vlm.sampling import Generation
 
 SIDE = 28  # of the square that the tiny model sees

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from vlm.detection import Detection, ParsedObjects, draw_detections
 from vlm.hub import EMBEDDED
+from vlm.images import load_image
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
-from vlm.processing import box_to_locs, load_image, loc_token, locs_to_box, seg_token
+from vlm.processing import box_to_locs, loc_token, locs_to_box, seg_token
 from vlm.questions import segment_question
 from vlm.sampling import Generation
 from vlm.scenes import VALIDATION_SEEDS, SceneObject, make_scene

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .images import ImageLike
 from .paligemma import PaliGemmaForConditionalGeneration
-from .processing import ImageLike, PaliGemmaProcessor
+from .processing import PaliGemmaProcessor
 from .questions import parse_caption
 from .sampling import Generation, TextDecoder, generate_tokens
 from .scenes import Scene

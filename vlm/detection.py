@@ -13,14 +13,8 @@ from jaxtyping import Bool, Float, Num
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .processing import (
-    Box,
-    ImageLike,
-    check_size,
-    load_image,
-    locs_to_box,
-    segs_to_codes,
-)
+from .images import ImageLike, load_image
+from .processing import Box, check_size, locs_to_box, segs_to_codes
 from .sampling import Generation
 
 __all__ = [

@@ -179,7 +179,8 @@ def test_inference(
     """
     from .answers import print_answers
     from .devices import choose_device
-    from .processing import PaliGemmaProcessor, load_image
+    from .images import load_image
+    from .processing import PaliGemmaProcessor
 
     check_decoder(prompt, decoder)
     if not isinstance(processor, PaliGemmaProcessor):
@@ -201,7 +202,7 @@ test_inference.__test__ = False  # the name is a habit of the field, not a test
 
 def load_images(files: Sequence[str], prompt: str, style: str) -> dict:
     """The images by file; errors are reported, but raised in the style "stream"."""
-    from .processing import load_image
+    from .images import load_image
 
     images = {}
     for file in files:

@@ -26,9 +26,10 @@ from .answers import (
 from .cli import user_message
 from .figures import playground as html
 from .hub import EMBEDDED
+from .images import ImageLike, load_image
 from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
-from .processing import ImageLike, PaliGemmaProcessor, load_image
+from .processing import PaliGemmaProcessor
 from .prompts import check_decoder, prompt_warnings
 from .sampling import Generation, GenerationSettings
 from .scenes import ASSETS, VALIDATION_SEEDS, all_kinds, make_scene

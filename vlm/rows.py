@@ -14,13 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .detection import split_objects
-from .processing import (
-    PaliGemmaProcessor,
-    check_tokens,
-    load_image,
-    locs_to_box,
-    segs_to_codes,
-)
+from .images import load_image
+from .processing import PaliGemmaProcessor, check_tokens, locs_to_box, segs_to_codes
 
 __all__ = ["Row", "read_splits", "check_lengths"]
 

@@ -13,9 +13,10 @@ from torch.utils.data import Dataset
 
 from .auxiliary import PATCH_TARGETS, patch_targets
 from .backgrounds import TRAINING_PHOTO_FRACTION
+from .images import image_to_pixels
 from .mask_tokens import MaskVQVAE, crop_to_square
 from .packing import pack_questions
-from .processing import PaliGemmaProcessor, image_to_pixels
+from .processing import PaliGemmaProcessor
 from .questions import EncodeMask, sample_question
 from .scenes import TRAINING_SEEDS, TRAINING_STYLES, Scene, make_scene
 

@@ -20,15 +20,9 @@ from torch.nn import functional as F
 
 from .detection import COLORS, Detection, ParsedObjects, draw_detections, split_objects
 from .hub import ADAPTER_CONFIG, adapter_base, find_checkpoint
+from .images import ImageLike, load_image
 from .mask_tokens import DECODER_FILE, MaskDecoder, mask_iou
-from .processing import (
-    Box,
-    ImageLike,
-    check_size,
-    load_image,
-    locs_to_box,
-    segs_to_codes,
-)
+from .processing import Box, check_size, locs_to_box, segs_to_codes
 from .sampling import Generation
 
 if TYPE_CHECKING:  # running a model needs no renderer

@@ -14,7 +14,8 @@ from PIL import Image
 from torch.nn import functional as F
 
 from vlm.figures.page import data_uri, style_and_script, unique_id
-from vlm.processing import NUM_LOCS, ImageLike, load_image
+from vlm.images import ImageLike, load_image
+from vlm.processing import NUM_LOCS
 
 if TYPE_CHECKING:
     from vlm.captioning import Look
