@@ -18,6 +18,7 @@ from PIL import Image
 from reference import STORED_TURNS, randomize, tiny_config, tiny_tokenizer
 from tokenizers import Tokenizer, models
 
+import vlm.images
 import vlm.processing
 from vlm.images import image_to_pixels, load_image
 from vlm.paligemma import PaliGemmaForConditionalGeneration
@@ -336,10 +337,17 @@ def test_a_shared_picture_is_encoded_once_and_answered_the_same(picture):
 @pytest.fixture(scope="module")
 def plain():
     """The module as users have it: without the types that tests check at run time."""
-    path = vlm.processing.__file__
-    spec = importlib.util.spec_from_file_location("plain_processing", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+
+    def load(module):
+        name = f"vlm.plain_{module.__name__.rpartition('.')[2]}"
+        spec = importlib.util.spec_from_file_location(name, module.__file__)
+        loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        return loaded
+
+    module, images = load(vlm.processing), load(vlm.images)
+    for name in ("load_image", "image_to_pixels"):
+        setattr(module, name, getattr(images, name))
     return module
 
 

@@ -4,6 +4,7 @@ Built in notebooks/10_processing.ipynb: edit it there, then run `make export`.
 """
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
