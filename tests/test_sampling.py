@@ -11,18 +11,20 @@ from tokenizers import Tokenizer
 
 from vlm.detection import parse_detections
 from vlm.kv_cache import KVCache
+from vlm.next_token import (
+    apply_temperature,
+    sample_next_token,
+    top_k_filter,
+    top_p_filter,
+)
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import loc_token, seg_token
 from vlm.sampling import (
-    GenerationSettings,
-    TextDecoder,
-    apply_temperature,
+    GenerationConfig,
+    IncrementalDetokenizer,
     generate,
     generate_tokens,
-    keep_top_k,
-    keep_top_p,
     prefill,
-    sample_next_token,
     stream,
     token_steps,
 )
@@ -93,14 +95,14 @@ def ids_of(rows):
 def test_top_p_is_transformers(spread, value):
     logits = torch.randn(50, 300) * spread
     expected = transformers.TopPLogitsWarper(value)(None, logits)
-    torch.testing.assert_close(keep_top_p(logits, value), expected)
+    torch.testing.assert_close(top_p_filter(logits, value), expected)
 
 
 @pytest.mark.parametrize("value", [1, 2, 50, 300, 1000])
 def test_top_k_is_transformers(value):
     logits = torch.randn(20, 300).round(decimals=1)  # with ties
     expected = transformers.TopKLogitsWarper(value)(None, logits)
-    torch.testing.assert_close(keep_top_k(logits, value), expected)
+    torch.testing.assert_close(top_k_filter(logits, value), expected)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.7, 1.0, 3.0])
@@ -128,7 +130,7 @@ def test_the_order_is_temperature_then_k_then_p():
 @pytest.mark.parametrize("top_p", [0.01, 0.4, 0.6, 0.75, 0.8, 0.95])
 def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p):
     probabilities = torch.tensor([[0.125, 0.5, 0.125, 0.25], [0.97, 0.01, 0.01, 0.01]])
-    kept = keep_top_p(probabilities.log(), top_p).isfinite()
+    kept = top_p_filter(probabilities.log(), top_p).isfinite()
     for row, stays in zip(probabilities, kept):
         mass = row[stays]
         assert mass.sum() >= top_p - 1e-6
@@ -137,7 +139,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p):
 
 def test_top_p_of_one_keeps_the_whole_tail():
     logits = torch.randn(100, 5000) * 10
-    assert keep_top_p(logits, 1.0).isfinite().all()
+    assert top_p_filter(logits, 1.0).isfinite().all()
 
 
 def test_greedy_and_temperature_zero():
@@ -190,14 +192,14 @@ def test_draws_follow_the_distribution():
 )
 def test_bad_settings(model, values, message, no_type_checks):
     with pytest.raises(ValueError, match=message):
-        GenerationSettings(**values)
+        GenerationConfig(**values)
     with pytest.raises(ValueError, match=message):
         generate(model, Letters(), prompts(model), **values)
 
 
 def test_settings_at_the_edge_of_their_range():
-    GenerationSettings(1, True, 0, 1, 1.0, [], 0, "static")
-    assert {f.name for f in fields(GenerationSettings)} == {
+    GenerationConfig(1, True, 0, 1, 1.0, [], 0, "static")
+    assert {f.name for f in fields(GenerationConfig)} == {
         *("max_new_tokens", "do_sample", "temperature", "top_k", "top_p"),
         *("stop", "seed", "cache"),
     }
@@ -291,7 +293,7 @@ def test_one_look_and_one_token_a_step(model):
         ),
     ]
     inputs = prompts(model)
-    for _ in token_steps(model, inputs, GenerationSettings(max_new_tokens=6)):
+    for _ in token_steps(model, inputs, GenerationConfig(max_new_tokens=6)):
         pass
     for hook in hooks:
         hook.remove()
@@ -501,7 +503,7 @@ def test_bfloat16(model):
 
 
 def decode_in_pieces(tokenizer, ids):
-    decoder = TextDecoder(tokenizer)
+    decoder = IncrementalDetokenizer(tokenizer)
     return [decoder.add(i) for i in ids] + [decoder.finish()]
 
 

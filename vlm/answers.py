@@ -18,7 +18,7 @@ from .detection import ParsedObjects, draw_detections, parse_detections
 from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
-from .sampling import Generation, GenerationSettings, check_inputs, generation_steps
+from .sampling import Generation, GenerationConfig, check_inputs, generation_steps
 from .segmentation import draw_segmentations, parse_segmentations
 
 __all__ = [
@@ -36,7 +36,7 @@ def answer_steps(
     processor: PaliGemmaProcessor,
     prompt: str,
     images: Sequence[Image.Image],
-    settings: GenerationSettings,
+    settings: GenerationConfig,
 ) -> Iterator[list[Generation]]:
     """Yield the answers, one for each image, after every token: they grow.
 
@@ -122,7 +122,7 @@ def print_answers(
     processor: PaliGemmaProcessor,
     prompt: str,
     images: dict[str, Image.Image],
-    settings: GenerationSettings,
+    settings: GenerationConfig,
     decoder: MaskDecoder | None = None,
     outputs: dict[str, Path] | None = None,
     style: str = "stream",

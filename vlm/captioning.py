@@ -16,7 +16,7 @@ from .images import ImageLike
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .questions import parse_caption
-from .sampling import Generation, TextDecoder, generate_tokens
+from .sampling import Generation, IncrementalDetokenizer, generate_tokens
 from .scenes import Scene
 
 __all__ = ["exact_share", "kinds_f1"]
@@ -112,7 +112,7 @@ class Look:
 
 def name_tokens(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
     """The text that each token adds; a token that adds none by its name, `<eos>`."""
-    decoder = TextDecoder(tokenizer)
+    decoder = IncrementalDetokenizer(tokenizer)
     return [decoder.add(i) or tokenizer.convert_ids_to_tokens(i) for i in token_ids]
 
 

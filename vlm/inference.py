@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # importing torch takes seconds: --help and typos don't wait 
     from .mask_tokens import MaskDecoder
     from .paligemma import PaliGemmaForConditionalGeneration
     from .processing import PaliGemmaProcessor
-    from .sampling import GenerationSettings
+    from .sampling import GenerationConfig
 
 ABOUT = """
 Ask a vision-language model about a picture, or about many. The answer appears as it is
@@ -141,15 +141,15 @@ def drawing_paths(
 
 def make_settings(
     max_tokens_to_generate: int, do_sample: bool, **sampling: Any
-) -> "GenerationSettings":
+) -> "GenerationConfig":
     """The settings of generation; errors speak of the command line's names."""
-    from .sampling import GenerationSettings
+    from .sampling import GenerationConfig
 
     if not isinstance(do_sample, bool):
         raise TypeError(f"do_sample must be True or False, not {do_sample!r}")
     sampling |= dict(max_new_tokens=max_tokens_to_generate, do_sample=do_sample)
     try:
-        return GenerationSettings(**sampling)
+        return GenerationConfig(**sampling)
     except ValueError as error:
         message = str(error).replace("max_new_tokens", "max_tokens_to_generate")
         raise ValueError(message.removesuffix(", or None")) from None

@@ -31,7 +31,7 @@ from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .prompts import check_decoder, prompt_warnings
-from .sampling import Generation, GenerationSettings
+from .sampling import Generation, GenerationConfig
 from .scenes import ASSETS, VALIDATION_SEEDS, all_kinds, make_scene
 from .segmentation import load_mask_decoder
 from .weights import describe_model, load_chosen_model, load_hf_model, make_processor
@@ -115,12 +115,12 @@ class Controls:
         rows += [widgets.HBox([self.run, self.stop])]
         self.box = widgets.VBox(rows, layout=HALF)
 
-    def settings(self) -> GenerationSettings:
+    def settings(self) -> GenerationConfig:
         """What the checkbox and the sliders say."""
         names = ("do_sample", "temperature", "top_p", "seed")
         values = {name: getattr(self, name).value for name in names}
         limit, top_k = self.max_tokens.value, self.top_k.value or None
-        return GenerationSettings(max_new_tokens=limit, top_k=top_k, **values)
+        return GenerationConfig(max_new_tokens=limit, top_k=top_k, **values)
 
     def describe(self) -> str:
         """What the fields say, a line each; those that are switched off don't count."""

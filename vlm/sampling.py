@@ -1,4 +1,4 @@
-"""One token at a time: choose it from the logits, write it down, and know when to stop.
+"""Generation: prefill, decode token by token, detokenize incrementally, stop.
 
 Built in notebooks/13_sampling.ipynb: edit it there, then run `make export`.
 """
@@ -15,12 +15,13 @@ from torch import Tensor
 from .gemma import check_ids
 from .kv_cache import KVCache, StaticKVCache
 from .merging import rows_per_picture
+from .next_token import sample_next_token
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import IMAGE_TOKEN
 
 __all__ = [
-    "GenerationSettings",
-    "TextDecoder",
+    "GenerationConfig",
+    "IncrementalDetokenizer",
     "Generation",
     "check_inputs",
     "generation_steps",
@@ -29,75 +30,11 @@ __all__ = [
     "stream",
 ]
 
-
-def apply_temperature(
-    logits: Float[Tensor, "B V"], temperature: float
-) -> Float[Tensor, "B V"]:
-    """Divide by the temperature (> 0): under 1 sharpens the choice, over 1 flattens it.
-
-    The largest logit becomes 0 first, so that a tiny temperature can't overflow.
-    """
-    return (logits - logits.amax(dim=-1, keepdim=True)) / max(temperature, 1e-37)
-
-
-def keep_top_k(logits: Float[Tensor, "B V"], top_k: int) -> Float[Tensor, "B V"]:
-    """Forbid (-inf) all but the k likeliest tokens; ties with the k-th stay too."""
-    kth = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[:, -1:]  # [B, 1]
-    return logits.masked_fill(logits < kth, float("-inf"))
-
-
-def keep_top_p(logits: Float[Tensor, "B V"], top_p: float) -> Float[Tensor, "B V"]:
-    """Forbid (-inf) all but the smallest set of tokens whose probabilities reach p.
-
-    The token that crosses p is in the set, so there is always one.
-    Source: Holtzman et al. 2020 (nucleus sampling).
-    """
-    if top_p >= 1:  # everything stays; rounding must not drop the tail
-        return logits
-    sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)  # [B, V]
-    probabilities = sorted_logits.softmax(dim=-1)
-    before = probabilities.cumsum(dim=-1) - probabilities  # mass ahead of each token
-    drop = before >= top_p
-    drop[:, 0] = False  # nothing is ahead of the first, however small p is
-    drop = torch.zeros_like(drop).scatter(1, order, drop)  # back in vocabulary order
-    return logits.masked_fill(drop, float("-inf"))
-
-
-def sample_next_token(
-    logits: Float[Tensor, "B V"],
-    do_sample: bool = False,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    generator: torch.Generator | None = None,
-) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
-    """Choose each row's next token: (ids, probabilities of the chosen).
-
-    Greedy unless `do_sample`; a temperature of 0 is greedy too. Temperature comes
-    first, then top-k, then top-p. The probabilities are those drawn from; for greedy,
-    the plain softmax's.
-    """
-    logits = logits.float()
-    if not do_sample or temperature == 0:
-        probabilities, token_ids = logits.softmax(dim=-1).max(dim=-1)  # [B] each
-        return token_ids, probabilities
-    logits = apply_temperature(logits, temperature)
-    if top_k is not None:
-        logits = keep_top_k(logits, top_k)
-    if top_p is not None:
-        logits = keep_top_p(logits, top_p)
-    probabilities = logits.softmax(dim=-1)  # [B, V]
-    # Drawn on the CPU, so that a seed means the same on every device.
-    drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)  # [B, 1]
-    token_ids = drawn.to(logits.device)
-    return token_ids[:, 0], probabilities.gather(1, token_ids)[:, 0]  # [B] each
-
-
 Stop = str | Sequence[str] | Callable[[list[int]], bool]
 
 
 @dataclass(frozen=True)
-class GenerationSettings:
+class GenerationConfig:
     """How to continue a prompt; `generate` and `stream` take these by name.
 
     - `max_new_tokens` ≥ 1.
@@ -155,7 +92,7 @@ class GenerationSettings:
         is_list = isinstance(self.stop, (list, tuple))
         return list(self.stop) if is_list else [self.stop]
 
-    def is_time_to_stop(self, token_ids: list[int], text: str) -> bool:
+    def should_stop(self, token_ids: list[int], text: str) -> bool:
         """What `stop` says about a row's tokens and text so far."""
         if callable(self.stop):
             return bool(self.stop(token_ids))
@@ -204,7 +141,7 @@ def make_cache(
     return StaticKVCache(config, batch_size, length, model.device, model.dtype)
 
 
-def _no_numbers(dtype: torch.dtype) -> str:
+def _non_finite_message(dtype: torch.dtype) -> str:
     "What to say, and to advise, where logits are NaN or infinite."
     what = f"the model's logits are no longer numbers in {dtype}"
     if dtype == torch.float16:
@@ -219,7 +156,7 @@ def _no_numbers(dtype: torch.dtype) -> str:
 def token_steps(
     model: PaliGemmaForConditionalGeneration,
     inputs: dict[str, Tensor],
-    settings: GenerationSettings,
+    settings: GenerationConfig,
 ) -> Iterator[tuple[list[int], list[float]]]:
     """Yield (ids, probabilities) of all rows, one step at a time, up to the limit.
 
@@ -239,7 +176,7 @@ def token_steps(
     logits = prefill(model, inputs, kv_cache)  # [B, V]
     for step in range(settings.max_new_tokens):
         if not logits.amax(dim=-1).isfinite().all():  # some may be forbidden: -inf
-            raise FloatingPointError(_no_numbers(model.dtype))
+            raise FloatingPointError(_non_finite_message(model.dtype))
         # An answer holds no picture. (An id outside the table: an empty slice.)
         logits[:, image_id : image_id + 1] = float("-inf")
         token_ids, probabilities = sample_next_token(
@@ -257,7 +194,7 @@ def token_steps(
             logits = decode_one_token(model, token_ids, attention_mask, kv_cache)
 
 
-class TextDecoder:
+class IncrementalDetokenizer:
     """Turns a growing row of ids into pieces of text, special tokens left out.
 
     loc and seg tokens are text, also where the tokenizer calls them special. A
@@ -315,7 +252,7 @@ class Generation:
 def check_inputs(
     model: PaliGemmaForConditionalGeneration,
     inputs: dict[str, Tensor],
-    settings: GenerationSettings,
+    settings: GenerationConfig,
 ) -> None:
     """Raise a ValueError for inputs that can't be continued, before any work.
 
@@ -373,7 +310,7 @@ def generation_steps(
     model: PaliGemmaForConditionalGeneration,
     tokenizer: Any,
     inputs: dict[str, Tensor],
-    settings: GenerationSettings,
+    settings: GenerationConfig,
 ) -> Iterator[list[Generation]]:
     """Yield all rows' Generations, grown by a token each time, until every row ended.
 
@@ -381,7 +318,7 @@ def generation_steps(
     are taken as they are: `check_inputs` comes before.
     """
     rows = [Generation() for _ in inputs["input_ids"]]
-    decoders = [TextDecoder(tokenizer) for _ in rows]
+    decoders = [IncrementalDetokenizer(tokenizer) for _ in rows]
     running = set(range(len(rows)))
     steps = token_steps(model, inputs, settings)
     for step, (token_ids, probabilities) in enumerate(steps, start=1):
@@ -393,7 +330,7 @@ def generation_steps(
             if (
                 token_ids[i] == tokenizer.eos_token_id
                 or step == settings.max_new_tokens
-                or settings.is_time_to_stop(row.token_ids, row.text)
+                or settings.should_stop(row.token_ids, row.text)
             ):
                 row.pieces[-1] += decoders[i].finish()
                 running.discard(i)
@@ -409,7 +346,7 @@ def generate_tokens(
     **settings: Any,
 ) -> list[Generation]:
     """As `generate`, with each token's id, probability and piece of text."""
-    chosen = GenerationSettings(**settings)
+    chosen = GenerationConfig(**settings)
     check_inputs(model, inputs, chosen)
     # Run to the end, keep the last state.
     *_, rows = generation_steps(model, tokenizer, inputs, chosen)
@@ -424,7 +361,7 @@ def generate(
 ) -> list[str]:
     """Continue every row of `inputs` (the processor's) and return the texts.
 
-    `settings`: those of `GenerationSettings`, by name. Rows may be of different length,
+    `settings`: those of `GenerationConfig`, by name. Rows may be of different length,
     padded left or right. loc and seg tokens are part of the text; the other special
     tokens are not.
     Raises ValueError for settings out of range and for inputs that can't be continued.
@@ -442,7 +379,7 @@ def stream(
 
     Raises ValueError for a batch, and where `generate` does.
     """
-    chosen = GenerationSettings(**settings)
+    chosen = GenerationConfig(**settings)
     check_inputs(model, inputs, chosen)
     if len(inputs["input_ids"]) != 1:
         raise ValueError(
