@@ -43,10 +43,29 @@ def run(*command: str, **kwargs) -> subprocess.CompletedProcess:
     )
 
 
-@pytest.mark.parametrize("tool", ["export", "clean_notebooks"])
+@pytest.mark.parametrize("tool", ["export", "clean_notebooks", "reading_time"])
 def test_notebooks_and_modules_are_in_step(tool):
     done = run(f"tools/{tool}.py", "--check")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+TO_BE_SPLIT = {"15_scenes", "22_detection", "23_segmentation"}  # two ideas each
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
+def test_a_chapter_is_read_in_half_an_hour(path):
+    text = path.read_text(encoding="utf-8")
+    minutes = int(re.search(r"\*\*Reading\*\* (\d+) minutes", text)[1])
+    assert (minutes > 30) == (path.stem in TO_BE_SPLIT)
+
+
+LINES = {"training": 350, "pretraining": 350, "mask_training": 120}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=stem)
+def test_a_module_is_one_room(path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= LINES.get(path.stem, 400), f"{path.name} has {lines} lines"
 
 
 # Notebooks and modules

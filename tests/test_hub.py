@@ -11,7 +11,8 @@ from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
 import vlm.hub
 from vlm.hub import COMPANIONS, INDEX_FILE, SINGLE_FILE, SMALL_FILES, find_checkpoint
-from vlm.weights import EMBEDDING, load_hf_model, save_hf_model
+from vlm.tensor_names import EMBEDDING
+from vlm.weights import load_hf_model, save_hf_model
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from vlm.hub import ADAPTER_CONFIG, ADAPTER_FILE, COMPANIONS, EMBEDDED, SINGLE_FILE
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.segmentation import load_mask_decoder
-from vlm.weights import canonical_name, load_hf_model, read_config, save_hf_model
+from vlm.tensor_names import canonical_name
+from vlm.weights import load_hf_model, read_config, save_hf_model
 
 
 @pytest.fixture

