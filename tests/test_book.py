@@ -95,6 +95,12 @@ def test_a_chapter_shows_no_directives_and_no_errors(name):
     assert "Traceback (most recent call last)" not in text
 
 
+def test_no_page_knows_where_it_was_built():
+    """Not in an output, a warning or a default value in a signature."""
+    for path in HTML.rglob("*.html"):
+        assert str(ROOT) not in path.read_text(encoding="utf-8"), path.name
+
+
 def test_exported_cells_name_their_module():
     for name in CHAPTERS:
         module = name.partition("_")[2]

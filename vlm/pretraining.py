@@ -67,7 +67,7 @@ class PretrainingConfig(TrainingConfig):
     position_init: str = setting("sincos", "of patch positions: sincos or random")
     # PaliGemma's own number.
     num_key_value_heads: int = setting(1, "of the decoder: 1, 2 or 4")
-    mask_tokens: str = setting(str(EMBEDDED), "folder with mask encoder and decoder")
+    mask_tokens: str = setting("", "folder with other mask tokens than the embedded")
     evaluation_scenes: int = setting(500, "in the model card's table; 0: no table")
 
     def __post_init__(self) -> None:
@@ -245,7 +245,8 @@ def run(
     `evaluate(folder, scenes)` writes the model card's table. Raises as `train`, and
     FileNotFoundError for missing mask tokens.
     """
-    vqvae = MaskVQVAE.from_pretrained(config.mask_tokens)
+    masks = config.mask_tokens or EMBEDDED
+    vqvae = MaskVQVAE.from_pretrained(masks)
     codebook = vqvae.decoder.codebook
     model, tokenizer = new_model(
         config.seed,
@@ -273,7 +274,7 @@ def run(
         return f"stopped at step {stop_after}: --resume goes on"
     if accelerator.is_main_process:
         result = run_folder(output) / "result"
-        save_hf_model(model, tokenizer, result, companions_from=config.mask_tokens)
+        save_hf_model(model, tokenizer, result, companions_from=masks)
         write_card(result, output.name, config)
         if evaluate and config.evaluation_scenes:
             evaluate(result, config.evaluation_scenes)

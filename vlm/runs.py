@@ -155,7 +155,9 @@ def run_command(
     add("--stop_after", type=int, help="save and stop at this step")
     for option in (o for o in fields(config_type) if o.init):
         flag = {"type": option.type, **option.metadata["flag"]}
-        help = f"{flag.pop('help')} (default: {option.default})"
+        help = flag.pop("help")
+        if option.default != "":
+            help += f" (default: {option.default})"
         if option.type is bool:
             parser.add_switch(f"--{option.name}", help)
         else:
