@@ -2,7 +2,8 @@
 
 - `#|` lines (nbdev's directives) are stripped; a cell that has nothing else goes away.
 - `#| default_exp rope` becomes a badge that names the modules that the chapter builds,
-  and exported cells get a tab with the file's name. Both link to the API page.
+  and exported cells, folded ones too, get a tab with the file's name. Both link to the
+  API page.
 - Chapter numbers come from file names: `05_rope.ipynb` is chapter 5.
 - The API page lists every module that a notebook exports, in the order of the book.
 - Scripts and styles come from `book/`, so that no page asks the network for anything.
@@ -13,6 +14,7 @@ import re
 from pathlib import Path
 
 from docutils import nodes
+from myst_nb.sphinx_ import HideInputCells
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
@@ -103,6 +105,23 @@ class ReadableCells(SphinxTransform):
                 module = found.get("export") or self.modules[0]
                 tab += api_link(module, f"vlm/{module}.py", "module-file")
                 cell.insert(0, tab)
+
+
+class FoldUnderTabs(HideInputCells):
+    """Fold exported cells too: under a tab, MyST-NB doesn't see that they have code."""
+
+    default_priority = HideInputCells.default_priority + 1
+
+    def run(self, **kwargs) -> None:
+        cells = [
+            node
+            for node in self.document.findall(nodes.container)
+            if "exported" in node["classes"]
+        ]
+        tabs = [cell.children.pop(0) for cell in cells]
+        super().run(**kwargs)
+        for cell, tab in zip(cells, tabs, strict=True):
+            cell.insert(0, tab)
 
 
 class ChapterNumber(SphinxTransform):
@@ -215,5 +234,6 @@ def setup(app: Sphinx) -> dict:
     app.connect("autodoc-process-signature", plain_signature)
     app.add_transform(ReadableCells)
     app.add_transform(ChapterNumber)
+    app.add_post_transform(FoldUnderTabs)
     app.add_css_file("vlm.css", priority=900)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
