@@ -1,6 +1,10 @@
 """What several tests share: tiny models, ours and transformers'; turned photographs."""
 
+import os
+import subprocess
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +14,8 @@ from torch import Tensor, nn
 
 from vlm.config import PaliGemmaConfig
 from vlm.paligemma import PaliGemmaForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parent.parent
 
 VISION = dict(
     hidden_size=24,
@@ -192,3 +198,21 @@ def assert_same_training(ours: nn.Module, theirs: nn.Module, inputs: dict) -> No
     gradients = to_our_names({n: p.grad for n, p in theirs.named_parameters()})
     for name, parameter in ours.named_parameters():
         close(parameter.grad, gradients[name])
+
+
+def run_in_two_processes(script: Path, *words: str) -> subprocess.CompletedProcess:
+    """Run a script twice at once, as one training on the CPU.
+
+    Not by `accelerate launch --cpu --num_processes 2`: that starts a single process, so
+    let the script print how many there are.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, "--nproc_per_node", "2", str(script), *words],
+        env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done

@@ -2,11 +2,8 @@
 
 import errno
 import json
-import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +13,7 @@ import torch
 import transformers
 from peft import PeftModel
 from PIL import Image
-from reference import close, random_inputs, randomize, tiny_config
+from reference import close, random_inputs, randomize, run_in_two_processes, tiny_config
 from torch import nn
 
 from vlm import inference
@@ -831,19 +828,9 @@ raise SystemExit(status)
 def test_two_processes_have_the_loss_of_one(checkpoints, folder):
     assert run(checkpoints / "float32", "--micro_batch_size", "1") == 0
     Path("run.py").write_text(SCRIPT)
-    # Not `accelerate launch --cpu --num_processes 2`: that starts a single process.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", "2", "run.py"]
     words = ["--data", "mine", "--output", "two", *QUICK]
     words += ["--model_path", str(checkpoints / "float32"), "--micro_batch_size", "1"]
-    done = subprocess.run(
-        [*command, *words],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_in_two_processes(Path("run.py"), *words)
     assert done.stderr.count("of 2 processes") == 2, done.stderr
     one, two = read_log("new"), read_log("two")
     assert [entry["step"] for entry in two] == [entry["step"] for entry in one]

@@ -1,15 +1,13 @@
 """Pretraining: initial values, patch targets, data, objective, command, ablations."""
 
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from reference import ROOT, run_in_two_processes
 from torch.nn import functional as F
 
 from vlm import pretraining, scene_dataset
@@ -51,7 +49,6 @@ from vlm.scenes import (
 from vlm.training import SuffixLoss, train
 from vlm.weights import load_hf_model
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = PretrainingConfig(
     steps=4, vision_steps=2, batch_size=2, num_workers=0, evaluation_scenes=0
 )
@@ -575,15 +572,7 @@ print("one of", torch.distributed.get_world_size(), "processes")
 def test_two_processes_make_what_one_makes(small, tmp_path):
     script = tmp_path / "pair.py"
     script.write_text(PAIR.format(paths=[str(ROOT), str(ROOT / "tests")]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, "--nproc_per_node", "2", str(script), str(tmp_path / "two")],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_in_two_processes(script, str(tmp_path / "two"))
     assert done.stdout.count("one of 2 processes") == 2, done.stdout
     run(replace(CONFIG, batch_size=4), tmp_path / "one")
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("one", "two")]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from reference import random_inputs, tiny_config
+from reference import ROOT, random_inputs, run_in_two_processes, tiny_config
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -35,7 +35,6 @@ from vlm.training import (
     training_step,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIG = TrainingConfig(steps=8, batch_size=4, learning_rate=1e-2, save_every=3)
 
 
@@ -539,16 +538,7 @@ def test_two_processes_are_one(tmp_path):
     script.write_text(
         TWO.format(tests=str(ROOT / "tests"), folder=str(tmp_path / "two"))
     )
-    # Not `accelerate launch --cpu --num_processes 2`: that starts a single process.
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, "--nproc_per_node", "2", str(script)],
-        env=os.environ | {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = run_in_two_processes(script)
     assert done.stdout.count("one of 2 processes") == 2, done.stdout
     expected = small_step(make_accelerator(cpu=True), [Rows()[i] for i in range(4)])
     moved = torch.load(tmp_path / "two" / "moved.pt", weights_only=True)

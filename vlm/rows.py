@@ -8,11 +8,11 @@ import json
 import os
 import random
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .cli import print_err
 from .detection import split_objects
 from .images import load_image
 from .processing import PaliGemmaProcessor, check_tokens, locs_to_box, segs_to_codes
@@ -165,11 +165,10 @@ def read_splits(
     rows = {split: read_rows(file) for split, file in files.items()}
     sides = train_validation_split(rows["train"], fraction, seed, rows.get("valid", ()))
     unused = sum(map(len, rows.values())) - sum(map(len, sides))
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
-        if unused:
-            print(f"{unused} rows are about validation images: unused", file=sys.stderr)
-        if unread:
-            print(f"{unread} isn't read: keep it for the end", file=sys.stderr)
+    if unused:
+        print_err(f"{unused} rows are about validation images: unused")
+    if unread:
+        print_err(f"{unread} isn't read: keep it for the end")
     hashes = {s: f"{f.name}, SHA-256 {_file_hash(f)[:16]}…" for s, f in files.items()}
     return *sides, hashes
 
