@@ -561,6 +561,7 @@ def test_a_resumed_run_has_its_settings_again(
     assert "| seed | 3 |" in (tmp_path / "new" / "README.md").read_text()
 
 
+@pytest.mark.filterwarnings("default::UserWarning")  # the command shows them
 def test_rows_of_ones_own_validation_file_are_measured_and_not_trained(
     checkpoints, folder, capsys
 ):

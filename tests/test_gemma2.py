@@ -215,7 +215,7 @@ def test_a_wrong_number_in_the_config_is_seen(change):
 
 
 def test_gemma_1_refuses_gemma_2_and_back(tokenizer, tmp_path):
-    """Loaded non-strictly, nothing would be missing but the head: chapter 20."""
+    """Loaded non-strictly, nothing would be missing but the head: chapter 24."""
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     for wrong, text in (
         ("gemma", BASE),

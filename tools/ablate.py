@@ -26,7 +26,7 @@ from vlm.segmentation import load_mask_decoder, mean_iou, parse_segmentations
 from vlm.weights import load_hf_model, make_processor
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = "--steps 900 --vision_steps 100 --evaluation_scenes 0"
+SHORT = "--steps 1200 --vision_steps 200 --evaluation_scenes 0"
 ROWS = {
     "the recipe": "",
     "no auxiliary losses": "--auxiliary_weight 0 --vision_steps 0",
@@ -37,6 +37,7 @@ ROWS = {
     "one question an image (no packing)": "--questions_per_image 1",
     "hard targets for seg tokens": "--seg_targets hard",
     "seg tokens weigh 1, as all do": "--seg_weight 1",
+    "batches of 64": "--batch_size 64 --steps 300 --vision_steps 50",
     "two key/value heads": "--num_key_value_heads 2",
     "four key/value heads": "--num_key_value_heads 4",
 }
@@ -70,6 +71,11 @@ def measure(folder: Path, num_scenes: int) -> dict[str, float]:
     }
 
 
+def read(table: Path) -> list[dict]:
+    """The rows that are there."""
+    return json.loads(table.read_text()) if table.exists() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
@@ -80,10 +86,9 @@ def main() -> None:
     add("--table", type=Path, default=ROOT / "benchmarks" / "ablations.json")
     add("flags", nargs="*", help="after --: for every row")
     options = parser.parse_args()
-    table = json.loads(options.table.read_text()) if options.table.exists() else []
-    done = {(entry["row"], entry["seed"]) for entry in table}
     for seed, (number, row) in itertools.product(options.seeds, enumerate(ROWS)):
-        if options.only not in row or (row, seed) in done:
+        is_done = any((e["row"], e["seed"]) == (row, seed) for e in read(options.table))
+        if options.only not in row or is_done:
             continue
         flags = f"{SHORT} --seed {seed} {' '.join(options.flags)} {ROWS[row]}".split()
         command = ["-m", "vlm.pretraining", *flags]
@@ -96,9 +101,11 @@ def main() -> None:
         given = {"--batch_size": PretrainingConfig.batch_size}
         given |= dict(zip(flags[::2], flags[1::2]))
         entry["pictures"] = int(given["--steps"]) * int(given["--batch_size"])
-        table.append(entry | measure(output, options.scenes))
+        entry |= measure(output, options.scenes)
+        table = [*read(options.table), entry]  # others may have written meanwhile
+        table.sort(key=lambda e: (list(ROWS).index(e["row"]), e["seed"]))
         options.table.write_text(json.dumps(table, indent=1) + "\n")
-        print(table[-1])
+        print(entry)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Answers about images: token by token, as text, table, COCO objects or a drawing.
 
-Built in notebooks/24_inference.ipynb: edit it there, then run `make export`.
+Built in notebooks/30_inference.ipynb: edit it there, then run `make export`.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Auxiliary losses on image features: class, box and mask of what a patch shows.
 
-Built in notebooks/18_pretraining.ipynb: edit it there, then run `make export`.
+Built in notebooks/21_pretraining.ipynb: edit it there, then run `make export`.
 """
 
 import numpy as np

@@ -1,6 +1,6 @@
 """Backgrounds of synthetic scenes: flat colors, gradients, textures, photographs.
 
-Built in notebooks/15_scenes.ipynb: edit it there, then run `make export`.
+Built in notebooks/17_scenes.ipynb: edit it there, then run `make export`.
 """
 
 import math

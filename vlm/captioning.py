@@ -1,6 +1,6 @@
 """Judge what a caption names, and see where the model looks while it writes.
 
-Built in notebooks/21_captioning.ipynb: edit it there, then run `make export`.
+Built in notebooks/26_captioning.ipynb: edit it there, then run `make export`.
 """
 
 from collections.abc import Sequence

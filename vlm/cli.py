@@ -1,6 +1,6 @@
 """Command lines: switches, errors of one line that suggest a fix, exit statuses.
 
-Built in notebooks/24_inference.ipynb: edit it there, then run `make export`.
+Built in notebooks/30_inference.ipynb: edit it there, then run `make export`.
 """
 
 import argparse
@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -120,7 +121,9 @@ def run_main(
         if isinstance(console, io.TextIOWrapper):
             console.reconfigure(errors="backslashreplace")
     try:
-        return run() or 0
+        with warnings.catch_warnings():  # a line, without the place in the code
+            warnings.showwarning = lambda text, *where: print_err(f"warning: {text}")
+            return run() or 0
     except KeyboardInterrupt:
         print_err(stopped)
         return 130

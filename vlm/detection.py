@@ -1,6 +1,6 @@
 """Four tokens become a box, drawn where the thing is.
 
-Built in notebooks/22_detection.ipynb: edit it there, then run `make export`.
+Built in notebooks/27_detection.ipynb: edit it there, then run `make export`.
 """
 
 import re

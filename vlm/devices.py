@@ -1,6 +1,6 @@
 """Choose a device (CUDA, MPS or CPU) and a dtype that it computes in natively.
 
-Built in notebooks/14_weights.ipynb: edit it there, then run `make export`.
+Built in notebooks/16_weights.ipynb: edit it there, then run `make export`.
 """
 
 import torch

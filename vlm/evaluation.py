@@ -1,6 +1,6 @@
 """Evaluation on the validation or the test split: captions, boxes, masks, silence.
 
-Built in notebooks/23_segmentation.ipynb: edit it there, then run `make export`.
+Built in notebooks/29_segmentation.ipynb: edit it there, then run `make export`.
 """
 
 import argparse

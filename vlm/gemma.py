@@ -1,7 +1,7 @@
 """Look tokens up, repeat one block of attention and MLP, score the whole vocabulary: a
 language model.
 
-Built in notebooks/08_gemma.ipynb: edit it there, then run `make export`.
+Built in notebooks/09_gemma.ipynb: edit it there, then run `make export`.
 """
 
 from collections.abc import Sequence

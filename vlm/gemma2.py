@@ -1,6 +1,6 @@
 """A newer decoder in the same frame: four norms a layer, bounded scores and windows.
 
-Built in notebooks/20_gemma2.ipynb: edit it there, then run `make export`.
+Built in notebooks/24_gemma2.ipynb: edit it there, then run `make export`.
 """
 
 from functools import partial

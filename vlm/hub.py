@@ -1,6 +1,6 @@
 """Checkpoint folders: on this machine, on the Hugging Face hub, or embedded.
 
-Built in notebooks/14_weights.ipynb: edit it there, then run `make export`.
+Built in notebooks/16_weights.ipynb: edit it there, then run `make export`.
 """
 
 import errno
@@ -40,7 +40,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SHARDS = "model-*-of-*.safetensors"
 SMALL_FILES = ("*.json", "tokenizer.model")  # config, tokenizer, index: quick to fetch
-# The mask tokens' files, which lie beside the weights: chapter 16's, and Google's.
+# The mask tokens' files, which lie beside the weights: chapter 19's, and Google's.
 COMPANIONS = ("mask_decoder.safetensors", "mask_encoder.safetensors", "vae-oid.npz")
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 ALL_FILES = (*SMALL_FILES, "*.safetensors", "vae-oid.npz")

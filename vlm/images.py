@@ -1,6 +1,6 @@
 """Images: any file or array to an upright RGB image, and to the model's pixels.
 
-Built in notebooks/10_processing.ipynb: edit it there, then run `make export`.
+Built in notebooks/12_processing.ipynb: edit it there, then run `make export`.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The command line: ask a model about one image or many; `test_inference` in Python.
 
-Built in notebooks/24_inference.ipynb: edit it there, then run `make export`.
+Built in notebooks/30_inference.ipynb: edit it there, then run `make export`.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """A new embedded model: its configuration, initial values and tokenizer.
 
-Built in notebooks/18_pretraining.ipynb: edit it there, then run `make export`.
+Built in notebooks/21_pretraining.ipynb: edit it there, then run `make export`.
 """
 
 import math

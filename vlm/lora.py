@@ -1,6 +1,6 @@
 """Merge a LoRA adapter, in the layout of the library peft, into its base model.
 
-Built in notebooks/14_weights.ipynb: edit it there, then run `make export`.
+Built in notebooks/16_weights.ipynb: edit it there, then run `make export`.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Mask tokens: the VQ-VAE that writes a mask as sixteen codes and reads it back.
 
-Built in notebooks/16_mask_tokens.ipynb: edit it there, then run `make export`.
+Built in notebooks/19_mask_tokens.ipynb: edit it there, then run `make export`.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Training of the mask tokens: the VQ-VAE's objective, its data, its command.
 
-Built in notebooks/17_training.ipynb: edit it there, then run `make export`.
+Built in notebooks/20_training.ipynb: edit it there, then run `make export`.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Image features take their seats in the text, and one rule says who sees whom.
 
-Built in notebooks/11_merging.ipynb: edit it there, then run `make export`.
+Built in notebooks/13_merging.ipynb: edit it there, then run `make export`.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """The next token from logits: greedy, or sampled with temperature, top-k, top-p.
 
-Built in notebooks/13_sampling.ipynb: edit it there, then run `make export`.
+Built in notebooks/15_sampling.ipynb: edit it there, then run `make export`.
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Sequence packing: several questions about one image in one row, with segment ids.
 
-Built in notebooks/17_training.ipynb: edit it there, then run `make export`.
+Built in notebooks/20_training.ipynb: edit it there, then run `make export`.
 """
 
 import torch

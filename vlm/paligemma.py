@@ -1,6 +1,6 @@
 """Eyes, bridge and voice in one model.
 
-Built in notebooks/12_paligemma.ipynb: edit it there, then run `make export`.
+Built in notebooks/14_paligemma.ipynb: edit it there, then run `make export`.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
 """A playground of widgets: ask a model about an image, watch its tokens, stop it.
 
-Built in notebooks/26_playground.ipynb: edit it there, then run `make export`.
+Built in notebooks/31_playground.ipynb: edit it there, then run `make export`.
 """
 
 import functools

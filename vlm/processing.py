@@ -1,6 +1,6 @@
 """Words, boxes and pictures become numbers, and come back.
 
-Built in notebooks/10_processing.ipynb: edit it there, then run `make export`.
+Built in notebooks/12_processing.ipynb: edit it there, then run `make export`.
 """
 
 import math

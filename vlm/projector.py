@@ -1,7 +1,7 @@
 """One linear map turns what the eyes see into vectors that the language model reads
 like words.
 
-Built in notebooks/09_projector.ipynb: edit it there, then run `make export`.
+Built in notebooks/10_projector.ipynb: edit it there, then run `make export`.
 """
 
 from jaxtyping import Float

@@ -1,6 +1,6 @@
 """Prompts: the tasks that PaliGemma is trained on, and what users get wrong.
 
-Built in notebooks/24_inference.ipynb: edit it there, then run `make export`.
+Built in notebooks/30_inference.ipynb: edit it there, then run `make export`.
 """
 
 import re

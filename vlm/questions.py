@@ -1,6 +1,6 @@
 """Prompts and answers about a scene, in PaliGemma's formats, and how to sample them.
 
-Built in notebooks/15_scenes.ipynb: edit it there, then run `make export`.
+Built in notebooks/17_scenes.ipynb: edit it there, then run `make export`.
 """
 
 import math

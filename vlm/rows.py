@@ -8,18 +8,18 @@ import json
 import os
 import random
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cli import print_err
-from .detection import split_objects
 from .images import load_image
 from .processing import PaliGemmaProcessor, check_tokens, locs_to_box, segs_to_codes
 
 __all__ = ["Row", "read_splits", "check_lengths"]
 
 _KEYS = ("image", "prefix", "suffix")
+_OBJECT = re.compile(r"((?:<loc\d+>)*)((?:<seg\d+>)*)\s*(.*)", re.DOTALL)
 _SPLITS = ("train", "valid", "test")  # annotation tools' names; "val…" is valid, too
 
 
@@ -36,10 +36,12 @@ class Row:
 def _check_objects(prefix: str, suffix: str) -> None:
     "Raise ValueError for an answer to `detect` or `segment` that can't be parsed."
     task = prefix.split()[0]
-    for thing in split_objects(suffix) if task in ("detect", "segment") else ():
-        has_codes = task == "detect" and not thing.segs or segs_to_codes(thing.segs)
-        if not (locs_to_box(thing.locs, 1, 1) and has_codes and thing.is_named):
-            text = f"{thing.locs}{thing.segs} {thing.label}".strip()
+    parts = suffix.split(";") if task in ("detect", "segment") else ()
+    for text in filter(None, map(str.strip, parts)):
+        locs, segs, label = _OBJECT.fullmatch(text).groups()
+        has_codes = task == "detect" and not segs or segs_to_codes(segs)
+        is_named = label and "<loc" not in label and "<seg" not in label
+        if not (locs_to_box(locs, 1, 1) and has_codes and is_named):
             raise ValueError(
                 f"{text!r:.60} is not a valid object: four loc tokens y0 x0 y1 x1 that "
                 "end past their start, sixteen seg tokens (detect: or none), a label, "
@@ -166,9 +168,11 @@ def read_splits(
     sides = train_validation_split(rows["train"], fraction, seed, rows.get("valid", ()))
     unused = sum(map(len, rows.values())) - sum(map(len, sides))
     if unused:
-        print_err(f"{unused} rows are about validation images: unused")
+        warnings.warn(
+            f"{unused} rows are about validation images: unused", stacklevel=2
+        )
     if unread:
-        print_err(f"{unread} isn't read: keep it for the end")
+        warnings.warn(f"{unread} isn't read: keep it for the end", stacklevel=2)
     hashes = {s: f"{f.name}, SHA-256 {_file_hash(f)[:16]}…" for s, f in files.items()}
     return *sides, hashes
 

@@ -1,6 +1,6 @@
 """A training run: where it lives, its log and state, resuming, and its command line.
 
-Built in notebooks/17_training.ipynb: edit it there, then run `make export`.
+Built in notebooks/20_training.ipynb: edit it there, then run `make export`.
 """
 
 import argparse
@@ -146,7 +146,7 @@ def run_command(
     A resumed run has its own settings, but for those that are given. Returns the exit
     status, as `run_main`.
     """
-    from .cli import OneLineParser, run_main  # chapter 24's
+    from .cli import OneLineParser, run_main  # chapter 30's
 
     parser = OneLineParser(description=about, argument_default=argparse.SUPPRESS)
     add = parser.add_argument

@@ -1,6 +1,6 @@
 """Generation: prefill, decode token by token, detokenize incrementally, stop.
 
-Built in notebooks/13_sampling.ipynb: edit it there, then run `make export`.
+Built in notebooks/15_sampling.ipynb: edit it there, then run `make export`.
 """
 
 from collections.abc import Callable, Iterator, Sequence

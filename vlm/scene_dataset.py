@@ -1,6 +1,6 @@
 """Scenes as training data: pixels, patch targets and packed questions.
 
-Built in notebooks/18_pretraining.ipynb: edit it there, then run `make export`.
+Built in notebooks/21_pretraining.ipynb: edit it there, then run `make export`.
 """
 
 import math

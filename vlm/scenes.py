@@ -1,6 +1,6 @@
 """Synthetic scenes: emoji stickers on a background, with exact boxes and masks.
 
-Built in notebooks/15_scenes.ipynb: edit it there, then run `make export`.
+Built in notebooks/17_scenes.ipynb: edit it there, then run `make export`.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Twenty tokens say which pixels are the thing, in a picture of any size.
 
-Built in notebooks/23_segmentation.ipynb: edit it there, then run `make export`.
+Built in notebooks/29_segmentation.ipynb: edit it there, then run `make export`.
 """
 
 import os

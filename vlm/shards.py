@@ -1,6 +1,6 @@
 """Names, shapes and dtypes in safetensors files: a single one, or indexed shards.
 
-Built in notebooks/14_weights.ipynb: edit it there, then run `make export`.
+Built in notebooks/16_weights.ipynb: edit it there, then run `make export`.
 """
 
 import json

@@ -1,6 +1,6 @@
 """Tensor names: the three layouts of checkpoints, brought to the hub's.
 
-Built in notebooks/14_weights.ipynb: edit it there, then run `make export`.
+Built in notebooks/16_weights.ipynb: edit it there, then run `make export`.
 """
 
 import re

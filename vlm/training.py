@@ -1,6 +1,6 @@
 """The trainer: accumulated steps, schedule, exact resume, log; for every objective.
 
-Built in notebooks/17_training.ipynb: edit it there, then run `make export`.
+Built in notebooks/20_training.ipynb: edit it there, then run `make export`.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Load and save checkpoints: strict tensor names, safetensors, tied weights.
 
-Built in notebooks/14_weights.ipynb: edit it there, then run `make export`.
+Built in notebooks/16_weights.ipynb: edit it there, then run `make export`.
 """
 
 import json

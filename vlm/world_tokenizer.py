@@ -1,6 +1,6 @@
 """A byte-pair tokenizer for the sticker world, with PaliGemma's vocabulary layout.
 
-Built in notebooks/15_scenes.ipynb: edit it there, then run `make export`.
+Built in notebooks/17_scenes.ipynb: edit it there, then run `make export`.
 """
 
 import random
