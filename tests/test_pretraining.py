@@ -416,7 +416,7 @@ def test_validation_loss_is_a_mean_over_tokens(processor, vqvae):
         ({"questions_per_image": 7}, "questions_per_image"),
         ({"questions_per_image": 0}, "questions_per_image"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"vision_steps": 18_000}, "vision_steps"),
+        ({"vision_steps": 24_000}, "vision_steps"),
         ({"auxiliary_weight": 0.0}, "vision_steps"),
         ({"seg_weight": -1.0}, "seg_weight"),
     ],
