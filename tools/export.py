@@ -142,6 +142,16 @@ def docstring(summary: str, notebook: str) -> str:
     return f'{raw}"""{body}\n\n{source}\n"""'
 
 
+def all_statement(names: list[str]) -> str:
+    """`__all__`, on as few lines as hold it: ruff's form has a line for each name."""
+    listed = ", ".join(f'"{name}"' for name in names)
+    if len(f"__all__ = [{listed}]") <= WIDTH:
+        return f"__all__ = [{listed}]"
+    indent = {"initial_indent": "    ", "subsequent_indent": "    "}
+    body = textwrap.fill(listed, WIDTH, **indent)
+    return f"__all__ = [\n{body},\n]  # fmt: skip"
+
+
 class HandWritten(ModuleMaker):
     """nbdev's maker, but what it makes has no markers and one block of imports."""
 
@@ -191,8 +201,7 @@ class HandWritten(ModuleMaker):
             )
         parts = [docstring(summary or promise(title, notebook), notebook)]
         parts += ["\n".join(dict.fromkeys(block)) for block in imports.values()]
-        listed = ", ".join(f'"{name}"' for name in public)
-        parts += [f"__all__ = [{listed}]"] if public else []
+        parts += [all_statement(public)] if public else []
         parts += ["\n\n\n".join(code)]
         if "main" in names:
             parts += ['if __name__ == "__main__":\n    raise SystemExit(main())']

@@ -24,12 +24,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 __all__ = [
-    "ALL_BUT_VISION",
-    "set_trainable",
-    "merge_adapters",
-    "save_adapter",
+    "ALL_BUT_VISION", "set_trainable", "merge_adapters", "save_adapter",
     "gradient_checkpointing",
-]
+]  # fmt: skip
 
 ALL_BUT_VISION = ("language_model.*", "multi_modal_projector.*")
 

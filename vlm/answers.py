@@ -22,13 +22,9 @@ from .sampling import Generation, GenerationConfig, check_inputs, generation_ste
 from .segmentation import draw_segmentations, parse_segmentations
 
 __all__ = [
-    "answer_steps",
-    "parse_answer",
-    "draw_answer",
-    "format_table",
-    "answer_warnings",
+    "answer_steps", "parse_answer", "draw_answer", "format_table", "answer_warnings",
     "print_answers",
-]
+]  # fmt: skip
 
 
 def answer_steps(

@@ -16,12 +16,9 @@ from PIL import Image, ImageFilter
 from .processing import Box
 
 __all__ = [
-    "UNSEEN_PHOTOS",
-    "TRAINING_PHOTO_FRACTION",
-    "load_photo",
-    "draw_background",
+    "UNSEEN_PHOTOS", "TRAINING_PHOTO_FRACTION", "load_photo", "draw_background",
     "photo_crops",
-]
+]  # fmt: skip
 
 PHOTOS = tuple("astronaut brick camera china coffee flower grass gravel".split())
 UNSEEN_PHOTOS = ("chelsea", "rocket")  # never backgrounds: they show one of the kinds

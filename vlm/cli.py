@@ -15,13 +15,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 __all__ = [
-    "read_path",
-    "OneLineParser",
-    "printable",
-    "print_err",
-    "user_message",
-    "run_main",
-]
+    "read_path", "OneLineParser", "printable", "print_err", "user_message", "run_main",
+]  # fmt: skip
 
 
 def read_switch(text: str) -> bool:

@@ -18,14 +18,9 @@ from .processing import Box, check_size, locs_to_box, segs_to_codes
 from .sampling import Generation
 
 __all__ = [
-    "COLORS",
-    "Detection",
-    "ParsedObjects",
-    "split_objects",
-    "parse_detections",
-    "draw_detections",
-    "average_precision",
-]
+    "COLORS", "Detection", "ParsedObjects", "split_objects", "parse_detections",
+    "draw_detections", "average_precision",
+]  # fmt: skip
 
 # Okabe and Ito's palette: told apart by color-blind eyes too.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")

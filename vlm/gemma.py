@@ -19,13 +19,9 @@ from .rmsnorm import GemmaRMSNorm
 from .rope import GemmaRotaryEmbedding
 
 __all__ = [
-    "GemmaMLP",
-    "GemmaModel",
-    "positions_from_mask",
-    "check_ids",
-    "GemmaForCausalLM",
+    "GemmaMLP", "GemmaModel", "positions_from_mask", "check_ids", "GemmaForCausalLM",
     "build_language_model",
-]
+]  # fmt: skip
 
 
 class GemmaMLP(nn.Module):

@@ -18,22 +18,10 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HTTPError
 
 __all__ = [
-    "EMBEDDED",
-    "SINGLE_FILE",
-    "INDEX_FILE",
-    "SHARDS",
-    "SMALL_FILES",
-    "COMPANIONS",
-    "ADAPTER_CONFIG",
-    "ADAPTER_FILE",
-    "STAGED",
-    "EXAMPLE",
-    "parse_hub_id",
-    "finish_save",
-    "find_checkpoint",
-    "adapter_base",
-    "require_space",
-]
+    "EMBEDDED", "SINGLE_FILE", "INDEX_FILE", "SHARDS", "SMALL_FILES", "COMPANIONS",
+    "ADAPTER_CONFIG", "ADAPTER_FILE", "STAGED", "EXAMPLE", "parse_hub_id",
+    "finish_save", "find_checkpoint", "adapter_base", "require_space",
+]  # fmt: skip
 
 EMBEDDED = Path(str(package_files("vlm"))) / "checkpoints" / "paligemma-stickers"
 SINGLE_FILE = "model.safetensors"

@@ -23,15 +23,9 @@ from torch.nn import functional as F
 from .processing import NUM_SEGS
 
 __all__ = [
-    "DECODER_FILE",
-    "crop_to_square",
-    "mask_iou",
-    "MaskEncoder",
-    "Codebook",
-    "MaskDecoder",
-    "MaskVQVAE",
-    "evaluate_reconstruction",
-]
+    "DECODER_FILE", "crop_to_square", "mask_iou", "MaskEncoder", "Codebook",
+    "MaskDecoder", "MaskVQVAE", "evaluate_reconstruction",
+]  # fmt: skip
 
 MASK_SIDE = 64  # a mask is drawn into a square of this many pixels
 GRID_SIDE = 4  # and written as 4 × 4 codes, row by row

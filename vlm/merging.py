@@ -8,12 +8,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 __all__ = [
-    "may_read",
-    "merge_image_features",
-    "rows_per_picture",
-    "share_pictures",
+    "may_read", "merge_image_features", "rows_per_picture", "share_pictures",
     "prefix_lm_mask",
-]
+]  # fmt: skip
 
 
 def may_read(tensor: Tensor) -> bool:

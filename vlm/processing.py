@@ -16,20 +16,10 @@ from torch import Tensor
 from .images import ImageLike, image_to_pixels, load_image
 
 __all__ = [
-    "NUM_LOCS",
-    "NUM_SEGS",
-    "IMAGE_TOKEN",
-    "Box",
-    "loc_token",
-    "seg_token",
-    "check_size",
-    "box_to_locs",
-    "locs_to_box",
-    "codes_to_segs",
-    "segs_to_codes",
-    "check_tokens",
-    "PaliGemmaProcessor",
-]
+    "NUM_LOCS", "NUM_SEGS", "IMAGE_TOKEN", "Box", "loc_token", "seg_token",
+    "check_size", "box_to_locs", "locs_to_box", "codes_to_segs", "segs_to_codes",
+    "check_tokens", "PaliGemmaProcessor",
+]  # fmt: skip
 
 NUM_LOCS = 1024  # <loc0000> … <loc1023>: a coordinate in 1024 steps
 NUM_SEGS = 128  # <seg000> … <seg127>: a piece of a mask

@@ -17,17 +17,10 @@ from .processing import box_to_locs, codes_to_segs
 from .scenes import Scene, all_kinds, find_kind
 
 __all__ = [
-    "EMPTY_CAPTION",
-    "EncodeMask",
-    "parse_caption",
-    "Question",
-    "caption_question",
-    "count_question",
-    "presence_question",
-    "relation_questions",
-    "absent_kind",
+    "EMPTY_CAPTION", "EncodeMask", "parse_caption", "Question", "caption_question",
+    "count_question", "presence_question", "relation_questions", "absent_kind",
     "sample_question",
-]
+]  # fmt: skip
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six")
 EMPTY_CAPTION = "nothing I know"

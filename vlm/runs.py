@@ -15,15 +15,9 @@ from typing import Any
 import torch
 
 __all__ = [
-    "setting",
-    "run_folder",
-    "saved_state",
-    "save_state",
-    "publish",
-    "check_output",
-    "TrainingLog",
-    "run_command",
-]
+    "setting", "run_folder", "saved_state", "save_state", "publish", "check_output",
+    "TrainingLog", "run_command",
+]  # fmt: skip
 
 STATE_FILE = "trainer.pt"
 # What may change when a run goes on: who computes and when it saves, not the result.

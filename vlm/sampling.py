@@ -20,15 +20,9 @@ from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import IMAGE_TOKEN
 
 __all__ = [
-    "GenerationConfig",
-    "IncrementalDetokenizer",
-    "Generation",
-    "check_inputs",
-    "generation_steps",
-    "generate_tokens",
-    "generate",
-    "stream",
-]
+    "GenerationConfig", "IncrementalDetokenizer", "Generation", "check_inputs",
+    "generation_steps", "generate_tokens", "generate", "stream",
+]  # fmt: skip
 
 Stop = str | Sequence[str] | Callable[[list[int]], bool]
 

@@ -32,13 +32,9 @@ from .runs import (
 )
 
 __all__ = [
-    "Objective",
-    "SuffixLoss",
-    "learning_rate_at",
-    "make_accelerator",
-    "TrainingConfig",
+    "Objective", "SuffixLoss", "learning_rate_at", "make_accelerator", "TrainingConfig",
     "train",
-]
+]  # fmt: skip
 
 
 class Objective(nn.Module):

@@ -39,12 +39,9 @@ from .shards import StoredTensor, find_tensors, missing_file, read_index
 from .tensor_names import EMBEDDING, TIED, canonical_name
 
 __all__ = [
-    "load_hf_model",
-    "make_processor",
-    "save_hf_model",
-    "describe_model",
+    "load_hf_model", "make_processor", "save_hf_model", "describe_model",
     "load_chosen_model",
-]
+]  # fmt: skip
 
 
 def _misfit(tensors: dict[str, StoredTensor], why: str) -> ValueError:
