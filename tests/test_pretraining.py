@@ -1,6 +1,7 @@
 """Pretraining: initial values, patch targets, data, objective, command, ablations."""
 
 import json
+import random
 import sys
 from collections import Counter
 from dataclasses import replace
@@ -33,12 +34,12 @@ from vlm.pretraining import (
     run,
     soft_targets,
     two_phase_schedule,
-    validation_loss,
+    validation_losses,
 )
 from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
-from vlm.questions import EMPTY_CAPTION
+from vlm.questions import EMPTY_CAPTION, sample_question
 from vlm.runs import run_folder
-from vlm.scene_dataset import SceneDataset, collate, encode_masks
+from vlm.scene_dataset import TASKS, SceneDataset, collate, encode_masks
 from vlm.scenes import (
     TRAINING_SEEDS,
     TRAINING_STYLES,
@@ -52,6 +53,8 @@ from vlm.weights import load_hf_model
 CONFIG = PretrainingConfig(
     steps=4, vision_steps=2, batch_size=2, num_workers=0, evaluation_scenes=0
 )
+LOSSES = {"validation_loss": 1.5, "validation_loss_segs": 0.5}
+LOSSES |= {"validation_loss_words": 1.6, "validation_loss_locs": 1.7}
 
 
 @pytest.fixture(scope="module")
@@ -402,10 +405,29 @@ def test_the_learning_rate_rises_and_falls_twice():
     assert two_phase_schedule(14, once) == 2.0
 
 
-def test_validation_loss_is_a_mean_over_tokens(processor, vqvae):
+def test_validation_losses_are_means_over_tokens(processor, vqvae):
     model = small_model(processor.tokenizer).eval()
-    one, two = (validation_loss(model, processor, vqvae, n) for n in (1, 2))
-    assert 4 < one < 10 and 4 < two < 10 and one != two
+    one, two = (validation_losses(model, processor, vqvae, n) for n in (1, 2))
+    assert 4 < one["validation_loss"] < 10 and one != two
+    # The objective's own sums, from the same questions.
+    objective, seed = SuffixLoss(model), VALIDATION_SEEDS[0]
+    scene, rng = (
+        make_scene(seed, processor.image_size),
+        random.Random(f"questions {seed}"),
+    )
+    encode = encode_masks(scene, vqvae)
+    asked = [sample_question(scene, task, rng, encode) for task in TASKS]
+    prompts, answers = zip(*[(q.prompt, q.answer) for q in asked])
+    batch = processor(prompts, [scene.image], answers)
+    with torch.no_grad():
+        loss = (objective(batch) / objective.counts(batch)).item()
+    assert one["validation_loss"] == pytest.approx(loss, rel=1e-5)
+    text = " ".join(answers)
+    counts = [text.count("<loc"), text.count("<seg")]
+    counts.append(int(objective.counts(batch)) - sum(counts))
+    parts = [one[f"validation_loss_{part}"] for part in ("locs", "segs", "words")]
+    mean = sum(n * part for n, part in zip(counts, parts)) / sum(counts)
+    assert min(counts) > 0 and mean == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -440,7 +462,7 @@ def small(world_tokenizer, monkeypatch):
         return small_model(world_tokenizer, seed), world_tokenizer
 
     monkeypatch.setattr(pretraining, "new_model", make)
-    monkeypatch.setattr(pretraining, "validation_loss", lambda *_: 1.5)
+    monkeypatch.setattr(pretraining, "validation_losses", lambda *_: LOSSES)
 
 
 @pytest.fixture
@@ -488,7 +510,7 @@ def test_one_command_makes_everything(small, evaluated, tmp_path, capsys):
     lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
     log = [json.loads(line) for line in lines]
     assert [e["text"] > 0 for e in log if "text" in e] == [False, False, True, True]
-    assert log[-1] == {"step": 4, "validation_loss": 1.5}
+    assert log[-1] == {"step": 4, **LOSSES}
     theirs = MaskDecoder.from_pretrained(EMBEDDED).state_dict()
     for name, tensor in MaskDecoder.from_pretrained(output).state_dict().items():
         assert torch.equal(tensor, theirs[name])
@@ -554,14 +576,14 @@ import sys
 import torch
 sys.path[:0] = {paths!r}
 from vlm import pretraining
-from test_pretraining import CONFIG, replace, small_model
+from test_pretraining import CONFIG, LOSSES, replace, small_model
 from vlm.initialization import make_tokenizer
 from pathlib import Path
 
 torch.set_num_threads(1)
 tokenizer = make_tokenizer(num_scenes=50)
 pretraining.new_model = lambda seed, **_: (small_model(tokenizer, seed), tokenizer)
-pretraining.validation_loss = lambda *_: 1.5
+pretraining.validation_losses = lambda *_: LOSSES
 pretraining.run(
     replace(CONFIG, batch_size=4, micro_batch_size=1), Path(sys.argv[1])
 )
@@ -601,11 +623,11 @@ def test_ablations_are_made_row_by_row(small, monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(ablate.subprocess, "run", call)
     table, more = tmp_path / "table.json", "--steps 2 --batch_size 2 --num_workers 0"
-    where = ["--runs", str(tmp_path), "--table", str(table), "--scenes", "1"]
+    where = ["--runs", str(tmp_path), "--table", str(table)]
     command = ["ablate.py", *where, "--only", "vision", "--seeds", "0", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--", *more.split()])
-    flags = ablate.SHORT + f" --seed 1 {more} --vision_steps 0 --stop_after 1"
-    assert main(["--output", str(tmp_path / "3-1"), *flags.split()]) == 0
+    begun = f"--evaluation_scenes 0 --seed 1 {more} --vision_steps 0 --stop_after 1"
+    assert main(["--output", str(tmp_path / "3-1"), *begun.split()]) == 0
     ablate.main()
     entries = json.loads(table.read_text())
     assert [(e["row"], e["seed"]) for e in entries] == [
@@ -613,9 +635,8 @@ def test_ablations_are_made_row_by_row(small, monkeypatch, tmp_path, capsys):
         ("no vision phase", 1),
     ]
     for entry in entries:
-        assert "--vision_steps 0" in entry["command"] and entry["pictures"] == 4
-        assert entry["validation loss"] == 1.5
-        assert 0 <= entry["caption F1"] <= 1 and "mask IoU" in entry
+        assert "--vision_steps=0" in entry["command"]
+        assert entry["all tokens"] == 1.5 and entry["seg tokens"] == 0.5
     assert ["--resume" in call for call in calls] == [False, True]
     ablate.main()  # nothing is left to do
     assert json.loads(table.read_text()) == entries and len(calls) == 2
@@ -629,10 +650,9 @@ def test_every_ablation_is_a_recipe_that_can_be():
     sys.path.pop(0)
     names = {option.name: option.type for option in pretraining.fields(CONFIG)}
     seen = set()
-    for flags in ablate.ROWS.values():
-        given = (ablate.SHORT + " " + flags).split()
-        pairs = dict(zip(given[::2], given[1::2], strict=True))
-        values = {flag[2:]: value for flag, value in pairs.items()}
+    for changed in ablate.ROWS.values():
+        values = ablate.SHORT | changed
         config = PretrainingConfig(**{n: names[n](v) for n, v in values.items()})
-        assert str(config) not in seen, flags
+        assert config.steps * config.batch_size == 19_200  # pictures, in every row
+        assert str(config) not in seen, changed
         seen.add(str(config))

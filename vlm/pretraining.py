@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from .auxiliary import AuxiliaryHeads
 from .hub import EMBEDDED
@@ -21,14 +22,13 @@ from .initialization import new_model
 from .mask_tokens import Codebook, MaskDecoder, MaskVQVAE
 from .packing import packed_mask
 from .paligemma import PaliGemmaForConditionalGeneration
-from .processing import NUM_SEGS, PaliGemmaProcessor, seg_token
+from .processing import NUM_LOCS, NUM_SEGS, PaliGemmaProcessor, loc_token, seg_token
 from .questions import sample_question
 from .runs import publish, run_command, run_folder, setting
 from .scene_dataset import TASKS, SceneDataset, collate, encode_masks
 from .scenes import ASSETS, VALIDATION_SEEDS, make_scene
 from .training import (
     Objective,
-    SuffixLoss,
     TrainingConfig,
     learning_rate_at,
     make_accelerator,
@@ -193,17 +193,19 @@ def two_phase_schedule(step: int, config: PretrainingConfig) -> float:
 
 
 @torch.no_grad()
-def validation_loss(
+def validation_losses(
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,
     vqvae: MaskVQVAE,
     num_scenes: int = 100,
-) -> float:
-    """Mean cross-entropy of a suffix token on validation scenes.
+) -> dict[str, float]:
+    """Mean cross-entropy of suffix tokens: of all, of words, of loc and seg tokens.
 
-    A question of each task, each alone, all tokens alike: one measure for all recipes.
+    A question of each task about each validation scene, each question alone.
     """
-    objective, total = SuffixLoss(model), torch.zeros(2)  # [sum, count]
+    first_tokens = [loc_token(0), seg_token(0)]
+    first_loc, first_seg = processor.tokenizer.convert_tokens_to_ids(first_tokens)
+    targets, losses = [], []
     for seed in VALIDATION_SEEDS[:num_scenes]:
         scene = make_scene(seed, processor.image_size)
         rng = random.Random(f"questions {seed}")
@@ -212,8 +214,20 @@ def validation_loss(
         prompts, answers = zip(*[(q.prompt, q.answer) for q in questions])
         batch = processor(prompts, [scene.image], answers)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-        total += torch.cat([objective(batch), objective.counts(batch)]).cpu()
-    return (total[0] / total[1]).item()
+        labels = batch.pop("labels")[:, 1:]  # [B, T - 1]
+        logits = model(**batch)["logits"][:, :-1].float()  # [B, T - 1, V]
+        is_suffix = labels != -100
+        targets.append(labels[is_suffix])
+        losses.append(F.cross_entropy(logits[is_suffix], targets[-1], reduction="none"))
+    targets, losses = torch.cat(targets), torch.cat(losses)  # [suffix tokens] each
+    is_loc = (targets >= first_loc) & (targets < first_loc + NUM_LOCS)
+    is_seg = (targets >= first_seg) & (targets < first_seg + NUM_SEGS)
+    return {
+        "validation_loss": losses.mean().item(),
+        "validation_loss_words": losses[~(is_loc | is_seg)].mean().item(),
+        "validation_loss_locs": losses[is_loc].mean().item(),
+        "validation_loss_segs": losses[is_seg].mean().item(),
+    }
 
 
 def write_card(folder: Path, name: str, config: PretrainingConfig) -> None:
@@ -265,9 +279,7 @@ def run(
     train(
         *(objective, dataset, collate, config, output, resume, stop_after),
         schedule=partial(two_phase_schedule, config=config),
-        evaluate=lambda step: {
-            "validation_loss": validation_loss(model, processor, vqvae)
-        },
+        evaluate=lambda step: validation_losses(model, processor, vqvae),
         about={"codebook": hashlib.sha256(codebook._embedding.numpy()).hexdigest()},
         free=("mask_tokens", "evaluation_scenes"),
         accelerator=accelerator,
