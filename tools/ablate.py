@@ -15,14 +15,14 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from vlm.captioning import exact_share, kinds_f1
-from vlm.detection import Detection, average_precision, parse_detections
+from vlm.detection import parse_detections
+from vlm.metrics import average_precision, class_f1, exact_match, mean_iou
 from vlm.pretraining import PretrainingConfig
 from vlm.questions import count_question
 from vlm.runs import STATE_FILE, run_folder
 from vlm.sampling import generate_tokens
 from vlm.scenes import VALIDATION_SEEDS, make_scene
-from vlm.segmentation import load_mask_decoder, mean_iou, parse_segmentations
+from vlm.segmentation import Segmentation, load_mask_decoder, parse_segmentations
 from vlm.weights import load_hf_model, make_processor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,14 +60,14 @@ def measure(folder: Path, num_scenes: int) -> dict[str, float]:
         asked = [count_question(scene, name) for name in names]
         rows = answer(processor([question.prompt for question in asked], scene.image))
         counts += [(row.text, q.answer) for row, q in zip(rows, asked)]
-    truth = [[Detection(o.kind, o.box) for o in scene.objects] for scene in scenes]
+    truth = [[Segmentation(o.kind, o.box, o.mask) for o in s.objects] for s in scenes]
     last_line = (folder / "log.jsonl").read_text().splitlines()[-1]
     return {
         "validation loss": json.loads(last_line)["validation_loss"],
-        "caption F1": kinds_f1(captions, scenes),
+        "caption F1": class_f1(captions, scenes),
         "detection AP50": float(average_precision(boxes, truth)[0]),
-        "mask IoU": mean_iou(masks, [scene.objects for scene in scenes]),
-        "count accuracy": exact_share(*zip(*counts)),
+        "mask IoU": mean_iou(masks, truth),
+        "count accuracy": exact_match(*zip(*counts)),
     }
 
 

@@ -30,7 +30,6 @@ __all__ = [
     "all_kinds",
     "find_kind",
     "style_kinds",
-    "SceneObject",
     "Scene",
     "make_scene",
 ]
