@@ -6,9 +6,9 @@ import pytest
 import torch
 import transformers
 
-from vlm.evaluation import table
 from vlm.hub import EMBEDDED
 from vlm.processing import PaliGemmaProcessor
+from vlm.results import table
 from vlm.sampling import generate
 from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.segmentation import load_mask_decoder, parse_segmentations

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlm.captioning import Look
+from vlm.captioning import AttentionMaps
 from vlm.figures import attention_over_picture
 from vlm.figures.attention import loc_marks, visible
 
@@ -18,7 +18,7 @@ PIECES = ["<loc0000>", "<loc0341>", "<loc0682>", "<loc1023>", " owl & <b>", "<eo
 
 
 def a_look(pieces=PIECES, side=4):
-    return Look(
+    return AttentionMaps(
         "detect owl",
         list(pieces),
         [0.5] * len(pieces),

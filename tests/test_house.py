@@ -49,7 +49,7 @@ def test_notebooks_and_modules_are_in_step(tool):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-TO_BE_SPLIT = {"17_scenes", "27_detection", "29_segmentation"}  # two ideas each
+TO_BE_SPLIT = {"17_scenes"}  # two ideas
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
@@ -161,7 +161,7 @@ def test_no_page_or_tool_draws_what_the_last_evaluation_is_kept_for():
         if path.stem != "17_scenes":  # where they are defined
             for number in re.findall(r"(\d+) \* 10\*\*9", text):
                 assert int(number) * 10**9 not in TEST_SEEDS, path.name
-        if path.stem not in ("17_scenes", "29_segmentation"):  # 23 evaluates
+        if path.stem not in ("17_scenes", "29_segmentation"):  # it evaluates
             assert not re.search(r"TEST_(SEEDS|STYLE)", text), path.name
 
 

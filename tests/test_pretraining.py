@@ -472,7 +472,7 @@ def evaluated(monkeypatch):
 
     def evaluate(model, tokenizer, decoder, num_scenes):
         scenes.append(num_scenes)
-        return {"styles trained on": {"scenes": num_scenes, "caption: kinds F1": 0.5}}
+        return {"styles trained on": {"scenes": num_scenes, "caption: class F1": 0.5}}
 
     monkeypatch.setattr("vlm.evaluation.evaluate", evaluate)
     return scenes
@@ -506,7 +506,7 @@ def test_one_command_makes_everything(small, evaluated, tmp_path, capsys):
     command = card.partition("--output runs/stickers ")[2].partition("\n")[0]
     assert "--steps 4 " in command and "--vision_steps 2 " in command
     assert "seg_weight" not in command  # it has its default
-    assert "| caption: kinds F1 | 0.500 |" in card
+    assert "| caption: class F1 | 0.500 |" in card
     lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
     log = [json.loads(line) for line in lines]
     assert [e["text"] > 0 for e in log if "text" in e] == [False, False, True, True]

@@ -1,4 +1,4 @@
-"""Masks out of answers: what is valid, which pixels it is, how it is measured."""
+"""Masks out of answers: what is valid, which pixels it is, whose decoder reads it."""
 
 import dataclasses
 import inspect
@@ -16,18 +16,17 @@ from vlm.detection import Detection, ParsedObjects, draw_detections
 from vlm.hub import EMBEDDED
 from vlm.images import load_image
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
+from vlm.metrics import mean_iou
 from vlm.processing import box_to_locs, loc_token, locs_to_box, seg_token
 from vlm.questions import segment_question
 from vlm.sampling import Generation
-from vlm.scenes import VALIDATION_SEEDS, SceneObject, make_scene
+from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.segmentation import (
     GOOGLE_DECODER,
     GOOGLE_SHA256,
     Segmentation,
     draw_segmentations,
     load_mask_decoder,
-    mean_iou,
-    object_ious,
     parse_segmentations,
     paste_mask,
     pixel_span,
@@ -203,7 +202,8 @@ def test_the_truth_survives_its_tokens(embedded):
     texts = [segment_question(s, list(s.counts), encode).answer for s in scenes]
     found = [parse_segmentations(text, 128, 128, embedded) for text in texts]
     assert all(one.invalid == 0 for one in found)
-    assert mean_iou(found, [scene.objects for scene in scenes]) > 0.88
+    truth = [[Segmentation(o.kind, o.box, o.mask) for o in s.objects] for s in scenes]
+    assert mean_iou(found, truth) > 0.88
 
 
 # Pixels
@@ -454,104 +454,6 @@ def test_any_picture_can_be_drawn_on(mode):
     found = parse_segmentations(f"{BOX}{SEGS} owl", 40, 30, Filled())
     drawn = draw_segmentations(Image.new(mode, (40, 30)), found)
     assert (drawn.mode, drawn.size) == ("RGB", (40, 30))
-
-
-# Measures
-
-
-def block(label, x0, y0, x1, y1, kind=Segmentation):
-    """A full rectangle in a picture of 30 × 30, found or true."""
-    mask = np.zeros((30, 30), bool)
-    mask[y0:y1, x0:x1] = True
-    box = (float(x0), float(y0), float(x1), float(y1))
-    if kind is SceneObject:
-        return SceneObject(label, box, mask)
-    return Segmentation(label, box, mask)
-
-
-def true(*args):
-    return block(*args, kind=SceneObject)
-
-
-def test_iou_by_hand():
-    things = [true("owl", 0, 0, 4, 4)]
-    assert object_ious([block("owl", 0, 0, 4, 4)], things) == [1.0]
-    assert object_ious([block("owl", 0, 0, 4, 2)], things) == [0.5]
-    assert object_ious([block("owl", 2, 0, 6, 4)], things) == [pytest.approx(8 / 24)]
-    assert object_ious([block("owl", 9, 9, 12, 12)], things) == [0.0]
-    assert object_ious([block("bat", 0, 0, 4, 4)], things) == [0.0]
-    assert object_ious([], things) == [0.0]
-    assert object_ious([block("owl", 0, 0, 4, 4)], []) == []
-
-
-def test_a_true_thing_and_a_found_one_are_matched_once():
-    things = [true("owl", 0, 0, 4, 4), true("owl", 4, 0, 8, 4)]
-    both = block("owl", 0, 0, 8, 4)
-    assert object_ious([both], things) == [0.5, 0.0]
-    assert object_ious([block("owl", 0, 0, 4, 4)] * 2, things) == [1.0, 0.0]
-    assert object_ious([both, block("owl", 4, 0, 8, 4)], things) == [0.5, 1.0]
-
-
-def test_the_best_pair_goes_first():
-    things = [true("owl", 0, 0, 10, 4), true("owl", 0, 0, 10, 8)]
-    better, worse = block("owl", 0, 0, 10, 7), block("owl", 0, 0, 10, 6)
-    ious = object_ious([worse, better], things)
-    assert ious == [pytest.approx(4 / 6), pytest.approx(7 / 8)]
-
-
-def test_order_changes_nothing_and_neither_does_what_is_too_much():
-    rng = random.Random(0)
-    matched = 0
-    for _ in range(60):
-        things, found = [], []
-        for _ in range(5):
-            x, y, label = rng.randrange(18), rng.randrange(18), rng.choice("ab")
-            things.append(true(label, x, y, x + rng.randint(3, 12), y + 9))
-            x, y = max(x + rng.randint(-2, 2), 0), max(y + rng.randint(-2, 2), 0)
-            found.append(block(label, x, y, x + rng.randint(3, 12), y + 9))
-        singles = [object_ious([f], [t])[0] for f in found for t in things]
-        touching = [iou for iou in singles if iou]
-        if len(set(touching)) < len(touching):
-            continue  # among equal IoUs the first wins, whichever that is
-        ious = object_ious(found, things)
-        order = rng.sample(range(5), 5)
-        shuffled = object_ious(rng.sample(found, 5), [things[i] for i in order])
-        assert shuffled == [ious[i] for i in order]
-        extra = [block("c", 0, 0, 30, 30), block("a", 29, 29, 30, 30)]
-        assert object_ious([*extra, *found], things) == ious
-        matched += sum(iou > 0 for iou in ious)
-    assert matched > 50
-
-
-def test_masks_of_different_sizes_are_refused():
-    small = Segmentation("owl", (0.0, 0.0, 2.0, 2.0), np.ones((2, 2), bool))
-    with pytest.raises(ValueError, match="different sizes"):
-        object_ious([small], [true("owl", 0, 0, 4, 4)])
-
-
-def test_the_mean_is_over_things_not_over_pictures():
-    one = [true("owl", 0, 0, 4, 4)]
-    three = [
-        true("owl", 0, 0, 4, 4),
-        true("bat", 8, 0, 12, 4),
-        true("cow", 0, 9, 4, 12),
-    ]
-    found = [[block("owl", 0, 0, 4, 4)], [block("owl", 0, 0, 4, 2)]]
-    assert mean_iou(found, [one, three]) == pytest.approx((1 + 0.5 + 0 + 0) / 4)
-    assert mean_iou([[], []], [one, three]) == 0
-    assert mean_iou([[], found[1]], [[], three]) == pytest.approx(0.5 / 3)
-
-
-def test_masks_for_fewer_pictures_are_refused():
-    with pytest.raises(ValueError, match="masks for 1 pictures, truth for 2: give a"):
-        mean_iou([[]], [[], []])
-
-
-def test_a_mean_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="no true thing"):
-        mean_iou([[block("owl", 0, 0, 4, 4)]], [[]])
-    with pytest.raises(ValueError):
-        mean_iou([[]], [[], []])
 
 
 # The decoder's file

@@ -1,4 +1,4 @@
-"""Four tokens become a box, drawn where the thing is.
+"""Boxes out of text: four loc tokens and a label become a Detection, or are refused.
 
 Built in notebooks/27_detection.ipynb: edit it there, then run `make export`.
 """
@@ -8,18 +8,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import exp, log
 
-import numpy as np
-from jaxtyping import Bool, Float, Num
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from .images import ImageLike, load_image
 from .processing import Box, check_size, locs_to_box, segs_to_codes
 from .sampling import Generation
 
 __all__ = [
-    "COLORS", "Detection", "ParsedObjects", "split_objects", "parse_detections",
-    "draw_detections", "average_precision",
+    "COLORS", "Detection", "ParsedObjects", "parse_objects", "parse_detections",
+    "draw_detections",
 ]  # fmt: skip
 
 # Okabe and Ito's palette: told apart by color-blind eyes too.
@@ -29,7 +26,7 @@ PALE_COLORS = ("#E69F00", "#56B4E9", "#F0E442")  # black letters on these
 
 @dataclass(frozen=True)
 class Detection:
-    """A thing: its label, its box (x0, y0, x1, y1) in the picture's pixels, a score."""
+    """An object: label, box (x0, y0, x1, y1) in the image's pixels, score in 0…1."""
 
     label: str
     box: Box
@@ -54,22 +51,12 @@ _OBJECT = re.compile(r"\s*((?:<loc\d{4}>)*)((?:<seg\d{3}>)*)\s*(.*?)\s*$", re.DO
 
 @dataclass(frozen=True)
 class ObjectText:
-    """One object as it was written: its tokens, label and the score of its tokens."""
+    """One object as it was written: its tokens, its label, and their score."""
 
     locs: str
     segs: str
     label: str
     score: float
-
-    @property
-    def tokens(self) -> tuple[str, str, str]:
-        """What was written, without its score: the same for an exact repeat."""
-        return self.locs, self.segs, self.label
-
-    @property
-    def is_named(self) -> bool:
-        """Whether there is a label, without stray loc or seg tokens in it."""
-        return bool(self.label) and not re.search(r"<(loc|seg)\d+>", self.label)
 
 
 def _score(answer: str | Generation, start: int, end: int) -> float:
@@ -91,8 +78,7 @@ def split_objects(answer: str | Generation) -> list[ObjectText]:
     """
     if not isinstance(answer, (str, Generation)):
         raise TypeError(
-            "give one answer, a string or what generate_tokens returns for a row, not "
-            f"{type(answer).__name__}"
+            f"give one answer, a string or a Generation, not {type(answer).__name__}"
         )
     text = answer if isinstance(answer, str) else answer.text
     objects = []
@@ -105,39 +91,50 @@ def split_objects(answer: str | Generation) -> list[ObjectText]:
     return objects
 
 
+def parse_objects(
+    answer: str | Generation, width: float, height: float, needs_mask: bool = False
+) -> ParsedObjects:
+    """The valid objects: (ObjectText, box in pixels, mask codes or None) each.
+
+    `needs_mask`: an object without seg tokens isn't valid. Errors: `parse_detections`.
+    """
+    check_size(width, height)
+    objects, valid, invalid = split_objects(answer), {}, 0
+    for one in objects:
+        box, codes = locs_to_box(one.locs, width, height), segs_to_codes(one.segs)
+        has_valid_segs = codes is not None or not (one.segs or needs_mask)
+        has_label = one.label and not re.search(r"<(loc|seg)\d+>", one.label)
+        if box is not None and has_valid_segs and has_label:
+            tokens = one.locs, one.segs, one.label  # the same for an exact repeat
+            valid.setdefault(tokens, (one, box, codes))
+        else:
+            invalid += 1
+    return ParsedObjects(valid.values(), invalid, len(objects) - invalid - len(valid))
+
+
 def parse_detections(
     text: str | Generation, width: float, height: float
 ) -> ParsedObjects:
-    """The answer to `detect …` → Detections with boxes in pixels of the picture.
+    """The answer to `detect …` → Detections with boxes in pixels of the image.
 
     `text`: the answer, or the Generation that holds it: then `score` is the geometric
     mean probability of the object's tokens, else 1. `width` and `height` are the
-    original picture's, upright.
+    original image's, upright.
     A valid object has exactly four loc tokens that make a box (end past start), none or
     sixteen seg tokens, and a label. What isn't valid is left out and counted in
     `.invalid`, never guessed; what is written again, token by token, is left out and
     counted in `.repeated`. Answers to `segment …` parse too: their boxes count here.
-    Raises TypeError for what is no answer, ValueError for what is no picture's size.
+    Raises TypeError for a wrong type of answer, ValueError for a size that isn't one.
     """
-    check_size(width, height)
-    found = split_objects(text)
-    detections, invalid = {}, 0
-    for thing in found:
-        box = locs_to_box(thing.locs, width, height)
-        segs_valid = not thing.segs or segs_to_codes(thing.segs) is not None
-        if box is not None and segs_valid and thing.is_named:
-            detection = Detection(thing.label, box, thing.score)
-            detections.setdefault(thing.tokens, detection)
-        else:
-            invalid += 1
-    repeated = len(found) - invalid - len(detections)
-    return ParsedObjects(detections.values(), invalid, repeated)
+    valid = parse_objects(text, width, height)
+    detections = [Detection(one.label, box, one.score) for one, box, _ in valid]
+    return ParsedObjects(detections, valid.invalid, valid.repeated)
 
 
 def draw_detections(image: ImageLike, detections: Sequence[Detection]) -> Image.Image:
-    """A copy of the picture, upright and in RGB, with boxes and labels drawn on it.
+    """A copy of the image, upright and in RGB, with a box and a label for each object.
 
-    Things with the same label get the same color.
+    Objects with the same label get the same color.
     """
     image = load_image(image)
     draw = ImageDraw.Draw(image)
@@ -159,115 +156,3 @@ def draw_detections(image: ImageLike, detections: Sequence[Detection]) -> Image.
         place = (x + 2 * unit - left, y + 2 * unit - top)
         draw.text(place, detection.label, fill=ink, font=font)
     return image
-
-
-Boxes = Sequence[Box] | Num[np.ndarray, "_ 4"] | Num[Tensor, "_ 4"]
-
-
-def box_iou(a: Boxes, b: Boxes) -> Float[np.ndarray, "M N"]:
-    """Intersection over union of each of M boxes with each of N.
-
-    A box is (x0, y0, x1, y1), in any unit; boxes come as a list, an array or a tensor
-    (on the CPU). A box without area has an IoU of 0 with every other. Raises ValueError
-    for anything but four numbers a box.
-    """
-    a, b = (np.asarray(boxes, dtype=np.float64) for boxes in (a, b))
-    for boxes in (a, b):
-        if boxes.size and boxes.shape[1:] != (4,):
-            raise ValueError(f"boxes are [M, 4], four numbers each, not {boxes.shape}")
-    a, b = a.reshape(-1, 4), b.reshape(-1, 4)  # no boxes: [0, 4]
-    start = np.maximum(a[:, None, :2], b[:, :2])  # [M, N, 2]
-    end = np.minimum(a[:, None, 2:], b[:, 2:])  # [M, N, 2]
-    shared = (end - start).clip(min=0).prod(axis=-1)  # [M, N]
-    area_a, area_b = ((c[:, 2:] - c[:, :2]).prod(axis=-1) for c in (a, b))
-    union = area_a[:, None] + area_b - shared  # [M, N]
-    return np.divide(shared, union, out=np.zeros_like(shared), where=shared > 0)
-
-
-def match_boxes(iou: Float[np.ndarray, "M N"], limit: float) -> Bool[np.ndarray, "M"]:
-    """Which of M boxes, the surest first, are right: get one of N true boxes each.
-
-    A box takes the one that it overlaps most, among those still free, if their IoU
-    reaches the limit. (Of equals the last, as in pycocotools.)
-    """
-    right = np.zeros(len(iou), dtype=bool)
-    free = np.ones(iou.shape[1], dtype=bool)
-    for rank, overlaps in enumerate(iou):
-        options = np.flatnonzero(free & (overlaps >= limit))
-        if len(options):
-            chosen = max(options, key=lambda column: (overlaps[column], column))
-            right[rank], free[chosen] = True, False
-    return right
-
-
-IOU_LIMITS = np.linspace(0.5, 0.95, 10)
-# COCO's marks to the last digit: 35 * 0.01 is a hair over 0.35, and 7 / 20 isn't.
-RECALLS = np.linspace(0, 1, 101)
-MAX_DETECTIONS = 100  # of a kind in a picture; what ranks lower isn't looked at
-
-
-def interpolated_precision(
-    right: Bool[np.ndarray, "R"], num_true: int
-) -> Float[np.ndarray, "101"]:
-    """The best precision at each recall 0, 0.01 … 1 or more; 0 where none gets there.
-
-    `right`: the boxes of a kind, the surest first; `num_true` ≥ 1 are there to find.
-    """
-    hits = right.cumsum()  # [R]
-    precision = hits / np.arange(1, len(right) + 1)
-    recall = hits / num_true
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]  # best from here on
-    return np.append(envelope, 0.0)[recall.searchsorted(RECALLS)]  # [101]
-
-
-def rank_boxes(
-    found: Sequence[Sequence[Detection]],
-    truth: Sequence[Sequence[Detection]],
-    label: str,
-    limits: Sequence[float] | Float[np.ndarray, "L"] = IOU_LIMITS,
-) -> tuple[Bool[np.ndarray, "L R"], int]:
-    """The R boxes of a label in all pictures, the surest first: right at each limit?
-
-    With it comes the number of true boxes of that label. At most `MAX_DETECTIONS` of a
-    picture count. Ties stay in the order of the pictures, then of the answer.
-    """
-    scores, right, num_true = [], [np.zeros((len(limits), 0), dtype=bool)], 0
-    for answers, things in zip(found, truth, strict=True):
-        true = [thing.box for thing in things if thing.label == label]
-        mine = [d for d in answers if d.label == label]
-        mine = sorted(mine, key=lambda d: d.score, reverse=True)[:MAX_DETECTIONS]
-        if mine:
-            iou = box_iou([d.box for d in mine], true)  # [M, N]
-            right.append(np.stack([match_boxes(iou, limit) for limit in limits]))
-        scores += [d.score for d in mine]
-        num_true += len(true)
-    order = np.argsort(-np.array(scores), kind="stable")
-    return np.concatenate(right, axis=1)[:, order], num_true
-
-
-def average_precision(
-    found: Sequence[Sequence[Detection]],
-    truth: Sequence[Sequence[Detection]],
-    limits: Sequence[float] | Float[np.ndarray, "L"] = IOU_LIMITS,
-) -> Float[np.ndarray, "L"]:
-    """Average precision by COCO's rules at each IoU limit, the mean over the kinds.
-
-    `found` and `truth`: for each picture its boxes; a true box's score plays no part.
-    With the default limits the first value is AP50, the mean of all ten AP50:95.
-    Kinds without a true box are left out. Source: Lin et al. 2014, and pycocotools.
-    Raises ValueError for unequal numbers of pictures, and where no true box is given.
-    """
-    if len(found) != len(truth):
-        raise ValueError(
-            f"answers for {len(found)} pictures, truth for {len(truth)}: give a list "
-            "of boxes for each picture, an empty one where there are none"
-        )
-    labels = sorted({thing.label for things in truth for thing in things})
-    if not labels:
-        raise ValueError("no picture has a true box: there is no recall to measure")
-    by_label = []
-    for label in labels:
-        right, num_true = rank_boxes(found, truth, label, limits)  # [L, R]
-        curves = [interpolated_precision(row, num_true) for row in right]
-        by_label.append([curve.mean() for curve in curves])
-    return np.mean(by_label, axis=0)  # [K, L] → [L]

@@ -3,25 +3,20 @@
 Built in notebooks/29_segmentation.ipynb: edit it there, then run `make export`.
 """
 
-import argparse
-import json
 import random
-import re
-import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
 from .backgrounds import UNSEEN_PHOTOS, load_photo, photo_crops
-from .captioning import exact_share, kinds_f1
-from .detection import Detection, average_precision, parse_detections
+from .detection import parse_detections
 from .hub import find_checkpoint
 from .mask_tokens import MaskDecoder
+from .metrics import average_precision, class_f1, exact_match, false_alarms, mean_iou
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .questions import (
@@ -33,6 +28,7 @@ from .questions import (
     presence_question,
     relation_questions,
 )
+from .results import table, write_results
 from .sampling import Generation, generate_tokens
 from .scenes import (
     TEST_SEEDS,
@@ -44,18 +40,17 @@ from .scenes import (
     make_scene,
     style_kinds,
 )
-from .segmentation import load_mask_decoder, mean_iou, parse_segmentations
+from .segmentation import Segmentation, load_mask_decoder, parse_segmentations
 from .weights import load_hf_model, make_processor
 
-__all__ = ["evaluate", "write_results"]
+__all__ = ["evaluate"]
 
 # The seeds of a split's scenes, and its style, which training never draws.
 SPLITS = {
     "validation": (VALIDATION_SEEDS, VALIDATION_STYLE),
     "test": (TEST_SEEDS, TEST_STYLE),
 }
-_NUM_EMPTY = 100  # pictures of each sort without a sticker: a fraction to about ± 0.05
-_START, _END = "<!-- numbers -->", "<!-- /numbers -->"  # in a model card
+_NUM_EMPTY = 100  # images of each sort without a sticker: a fraction to about ± 0.05
 
 # An image and questions about it → an answer each.
 _Answerer = Callable[[Image.Image, Sequence[Question]], list[Generation]]
@@ -91,8 +86,7 @@ def _ask_model(
     """A model's greedy answers, fifty at a time: it encodes the image once for each."""
     rows = []
     for start in range(0, len(questions), 50):
-        prompts = [question.prompt for question in questions[start : start + 50]]
-        inputs = processor(prompts, [image])
+        inputs = processor([q.prompt for q in questions[start : start + 50]], [image])
         # 160 tokens: seven objects with their masks.
         rows += generate_tokens(model, processor.tokenizer, inputs, max_new_tokens=160)
     return rows
@@ -120,46 +114,42 @@ def _evaluate_scenes(
     found = {task: [[] for _ in scenes] for task in parse}
     silent = {task: [] for task in parse}  # for absent classes: is nothing found?
     invalid = Counter()
-    said: dict[str, list[tuple[str, str]]] = {}  # task → (answer, right answer)
+    said = defaultdict(list)  # task → (answer, right answer)
     for index, (scene, seed) in enumerate(zip(tqdm(scenes, unit="scene"), seeds)):
         questions = _scene_questions(scene, seed, classes)
         rows = answer(scene.image, questions)
         for question, row in zip(questions, rows, strict=True):
             task, name = question.task, question.prompt.partition(" ")[2]
-            if task in parse:
-                objects = parse[task](row, *scene.image.size)
-                found[task][index] += objects
-                invalid[task] += objects.invalid
-                if name not in scene.counts:
-                    silent[task].append(not objects)
-            else:
-                said.setdefault(task, []).append((row.text, question.answer))
-    things = [scene.objects for scene in scenes]
-    truth = [[Detection(one.kind, one.box) for one in each] for each in things]
+            if task not in parse:
+                said[task].append((row.text, question.answer))
+                continue
+            objects = parse[task](row, *scene.image.size)
+            found[task][index] += objects
+            invalid[task] += objects.invalid
+            if name not in scene.counts:
+                silent[task].append(not objects)
+    truth = [[Segmentation(o.kind, o.box, o.mask) for o in s.objects] for s in scenes]
     ap = average_precision(found["detect"], truth)  # at ten IoU thresholds
     every_ap = average_precision(found["detect every"], truth)
-    wrong = [  # boxes whose label names nothing that is in the scene
-        box for scene, boxes in zip(scenes, found["detect every"]) for box in boxes
-        if box.label not in scene.counts
-    ]  # fmt: skip
-    exact = {task: exact_share(*zip(*pairs)) for task, pairs in said.items()}
+    alarms = false_alarms(found["detect every"], truth)
+    exact = {task: exact_match(*zip(*pairs)) for task, pairs in said.items()}
     short = [task for task in ("count", "relation", "presence") if task in said]
     answers = [pair for task in short for pair in said[task]]
     return {
         "scenes": len(scenes),
-        "caption: kinds F1": kinds_f1([text for text, _ in said["caption"]], scenes),
-        "caption: right to the letter": exact["caption"],
-        "detect, present kinds asked: AP50": float(ap[0]),
-        "detect, present kinds asked: AP50:95": float(ap.mean()),
-        "detect, every kind asked: AP50": float(every_ap[0]),
-        "detect, every kind asked: AP50:95": float(every_ap.mean()),
-        "detect, every kind asked: false alarms a picture": len(wrong) / len(scenes),
+        "caption: class F1": class_f1([text for text, _ in said["caption"]], scenes),
+        "caption: exact match": exact["caption"],
+        "detect, present classes asked: AP50": float(ap[0]),
+        "detect, present classes asked: AP50:95": float(ap.mean()),
+        "detect, every class asked: AP50": float(every_ap[0]),
+        "detect, every class asked: AP50:95": float(every_ap.mean()),
+        "detect, every class asked: false alarms per image": alarms,
         "detect absent: nothing": sum(silent["detect"]) / len(silent["detect"]),
         "detect: invalid objects": invalid["detect"],
-        "segment: mean IoU": mean_iou(found["segment"], things),
+        "segment: mean IoU": mean_iou(found["segment"], truth),
         "segment absent: nothing": sum(silent["segment"]) / len(silent["segment"]),
         "segment: invalid objects": invalid["segment"],
-        "answers: right": exact_share(*zip(*answers)),
+        "answers: exact match": exact_match(*zip(*answers)),
         **{f"answers: {task}": exact[task] for task in short},
     }
 
@@ -174,8 +164,7 @@ def silent_fraction(answer: _Answerer, images: Sequence[Image.Image]) -> float:
     for image in images:
         questions = [Question("caption", "caption en", EMPTY_CAPTION)]
         for kind in rng.sample(list(all_kinds()), 3):
-            for task in ("detect", "segment"):
-                questions.append(Question(task, f"{task} {kind}", ""))
+            questions += [Question(t, f"{t} {kind}", "") for t in ("detect", "segment")]
         rows = answer(image, questions)
         silent += all(r.text == q.answer for r, q in zip(rows, questions, strict=True))
     return silent / len(images)
@@ -209,13 +198,7 @@ def evaluate(
     few = seeds[:_NUM_EMPTY]
     empty = [make_scene(seed, side, empty_prob=1.0).image for seed in few]
     photos = photo_crops(split, len(few), side) + [*map(load_photo, UNSEEN_PHOTOS)]
-    silence = {  # without stickers, style plays no part: the same in two columns
-        answer: {
-            "empty scenes: silent": silent_fraction(answer, empty),
-            "photographs: silent": silent_fraction(answer, photos),
-        }
-        for answer in (model_answer, blind_answer)
-    }
+    silence = {"empty scenes: silent": empty, "photographs: silent": photos}
     columns = {
         "styles trained on": (model_answer, scenes, classes),
         f"{split} style": (model_answer, styled, style_kinds(style)),
@@ -223,62 +206,33 @@ def evaluate(
     }
     return {
         column: _evaluate_scenes(answer, drawn, seeds, asked_for, decoder)
-        | silence[answer]
+        | {row: silent_fraction(answer, images) for row, images in silence.items()}
         for column, (answer, drawn, asked_for) in columns.items()
     }
 
 
-def table(numbers: dict[str, dict[str, float]]) -> str:
-    """The numbers as a Markdown table; a dash where a column has no such row."""
-    lines = [f"| | {' | '.join(numbers)} |", f"|---|{'---|' * len(numbers)}"]
-    for name in dict.fromkeys(name for rows in numbers.values() for name in rows):
-        values = [rows.get(name, "–") for rows in numbers.values()]
-        cells = (f"{v:.3f}" if isinstance(v, float) else str(v) for v in values)
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status, as `run_main`."""
+    from .cli import OneLineParser, run_main
 
-
-def write_results(folder: str | Path, numbers: dict[str, dict[str, float]]) -> None:
-    """Write evaluation.json, and the table between two markers in the model card.
-
-    A card without them gets them at its end; where there is none, one is begun.
-    """
-    folder = Path(folder).resolve()
-    text = json.dumps(numbers, indent=2) + "\n"
-    (folder / "evaluation.json").write_text(text, encoding="utf-8")
-    card = folder / "README.md"
-    old = card.read_text(encoding="utf-8") if card.is_file() else f"# {folder.name}\n"
-    block = f"{_START}\n{table(numbers)}\n{_END}"
-    new, found = re.subn(f"{_START}.*?{_END}", lambda _: block, old, flags=re.DOTALL)
-    if not found:
-        new = f"{old.rstrip()}\n\n## Evaluation\n\n{block}\n"
-    card.write_text(new, encoding="utf-8")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The command line; 2 and one clear line for what a user can get wrong."""
-    parser = argparse.ArgumentParser(
-        prog="python -m vlm.evaluation",
-        description="Evaluate a model on scenes that training never draws.",
-    )
-    add = parser.add_argument
-    add("--model_path", help="default: the embedded model")
-    add("--mask_decoder", help="default: the one beside the model")
-    add("--split", choices=SPLITS, default="validation", help="default: validation")
-    add("--scenes", type=int, default=500, help="how many; default: %(default)s")
-    add("--write", action="store_true", help="into the model's folder: JSON and card")
-    options = parser.parse_args(argv)
-    try:
+    def run() -> None:
+        about = "Evaluate a model on scenes that training never draws."
+        parser = OneLineParser(prog="python -m vlm.evaluation", description=about)
+        add = parser.add_argument
+        add("--model_path", help="default: the embedded model")
+        add("--mask_decoder", help="default: the one beside the model")
+        add("--split", choices=SPLITS, default="validation", help="default: validation")
+        add("--scenes", type=int, default=500, help="how many; default: %(default)s")
+        parser.add_switch("--write", "into the model's folder: JSON and card")
+        options = parser.parse_args(argv)
         model, tokenizer = load_hf_model(options.model_path)
         decoder = load_mask_decoder(options.model_path, options.mask_decoder)
         numbers = evaluate(model, tokenizer, decoder, options.split, options.scenes)
         print(table(numbers))
         if options.write:
             write_results(find_checkpoint(options.model_path), numbers)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return run_main(run, "--model_path takes a smaller model")
 
 
 if __name__ == "__main__":

@@ -298,7 +298,8 @@ def run(
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status, as `run_command`."""
-    from .evaluation import evaluate, write_results  # a later chapter's
+    from .evaluation import evaluate  # later chapters'
+    from .results import write_results
 
     def evaluate_folder(folder: Path, num_scenes: int) -> None:
         model, tokenizer = load_hf_model(folder)

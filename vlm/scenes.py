@@ -22,7 +22,7 @@ from .processing import Box
 __all__ = [
     "TRAINING_STYLES", "VALIDATION_STYLE", "TEST_STYLE", "TRAINING_SEEDS",
     "VALIDATION_SEEDS", "TEST_SEEDS", "ASSETS", "all_kinds", "find_kind", "style_kinds",
-    "SceneObject", "Scene", "make_scene",
+    "Scene", "make_scene",
 ]  # fmt: skip
 
 STYLES = ("fluent", "noto")  # what scenes show unless another style is asked for

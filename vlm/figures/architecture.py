@@ -43,6 +43,7 @@ BOXES = (
     Box("sampling", 634, 140, 92, 50, SUFFIX, "sampling", "next token"),
     Box("captioning", 746, 44, 94, 34, SUFFIX, "captioning"),
     Box("detection", 746, 112, 94, 34, SUFFIX, "detection"),
+    Box("metrics", 746, 151, 94, 24, EXTRA, "metrics"),
     Box("segmentation", 746, 180, 94, 34, SUFFIX, "segmentation"),
     Box("mask_tokens", 746, 238, 94, 34, SUFFIX, "mask_tokens"),
     Box("scenes", 116, 316, 84, 40, EXTRA, "scenes", "a world"),

@@ -18,7 +18,7 @@ from vlm.images import ImageLike, load_image
 from vlm.processing import NUM_LOCS
 
 if TYPE_CHECKING:
-    from vlm.captioning import Look
+    from vlm.captioning import AttentionMaps
 
 SIDE = 360  # the picture's longest side on the page, in CSS pixels
 MOST_CELLS = 32  # a finer grid is averaged down to this, to keep the page light
@@ -119,7 +119,7 @@ def _share(value: float) -> str:
     return f"{100 * value:.0f} %"
 
 
-def attention_over_picture(image: ImageLike, look: Look) -> HTML:
+def attention_over_picture(image: ImageLike, maps: AttentionMaps) -> HTML:
     """The picture, dark where the model didn't look, for each token that it wrote.
 
     Hover over a token, click it, or use the arrow keys. A loc token also draws its
@@ -129,11 +129,11 @@ def attention_over_picture(image: ImageLike, look: Look) -> HTML:
     scripts don't run, the first tokens stand side by side.
     """
     image = load_image(image)
-    weights = look.attention.float()  # [T, side, side]
+    weights = maps.attention.float()  # [T, side, side]
     if weights.shape[-1] > MOST_CELLS:
         weights = F.adaptive_avg_pool2d(weights, MOST_CELLS)
     weights = weights.cpu().numpy()
-    shares = look.attention.float().sum(dim=(1, 2)).tolist()  # [T]
+    shares = maps.attention.float().sum(dim=(1, 2)).tolist()  # [T]
     mean_share = sum(shares) / len(shares)
     unit = 1000 / max(image.size)
     width, height = (round(side * unit, 1) for side in image.size)
@@ -142,20 +142,20 @@ def attention_over_picture(image: ImageLike, look: Look) -> HTML:
         {
             "name": "all tokens",
             "veil": _veil(weights.mean(axis=0)),
-            "note": f"All {len(look.pieces)} tokens together: {_share(mean_share)} of "
+            "note": f"All {len(maps.pieces)} tokens together: {_share(mean_share)} of "
             "their attention is on the picture.",
             "own": False,
             **everything,
         }
     ]
-    for i, (piece, marks) in enumerate(zip(look.pieces, loc_marks(look.pieces))):
+    for i, (piece, marks) in enumerate(zip(maps.pieces, loc_marks(maps.pieces))):
         name = visible(piece)
         steps.append(
             {
                 "name": name,
                 "veil": _veil(weights[i]),
-                "note": f"“{name}”, token {i + 1} of {len(look.pieces)}: probability "
-                f"{look.probabilities[i]:.2f}; {_share(shares[i])} of its attention "
+                "note": f"“{name}”, token {i + 1} of {len(maps.pieces)}: probability "
+                f"{maps.probabilities[i]:.2f}; {_share(shares[i])} of its attention "
                 "is on the picture.",
                 "own": marks.own,
                 **_drawn(marks, width, height),
@@ -175,7 +175,7 @@ def attention_over_picture(image: ImageLike, look: Look) -> HTML:
 
     wide = round(SIDE * image.width / max(image.size))
     box = f'viewBox="0 0 {width} {height}"'
-    label = f"Where the model looked. Prompt: {look.prompt}. Answer: {look.text}"
+    label = f"Where the model looked. Prompt: {maps.prompt}. Answer: {maps.text}"
     main = (
         f'<svg class="vlm-look-stage" {box} role="img" aria-label="{escape(label)}" '
         f'style="flex:0 1 {wide}px;width:100%;max-width:{wide}px">'
@@ -196,7 +196,7 @@ def attention_over_picture(image: ImageLike, look: Look) -> HTML:
     return HTML(
         f'{style}<figure id="{name}" class="vlm-look"><div>{main}'
         '<div class="vlm-look-side"><div class="vlm-look-prompt">Prompt: '
-        f"<code>{escape(look.prompt)}</code></div>"
+        f"<code>{escape(maps.prompt)}</code></div>"
         '<div class="vlm-look-tokens" role="toolbar" aria-label="Tokens of the answer">'
         f'{buttons}</div><div class="vlm-look-note" aria-live="polite">'
         f'{escape(steps[0]["note"])}</div><div class="vlm-look-strip">{strip}</div>'
