@@ -308,7 +308,7 @@ def test_segment_from_python_needs_a_decoder(checkpoint):
 def test_a_prompt_of_no_known_task_gets_a_remark(checkpoint, says, capsys):
     says("two")
     assert main(ask("What is this?", "--model_path", str(checkpoint))) == 0
-    assert "'What' begins no prompt" in capsys.readouterr().err
+    assert "'What' isn't a task" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ def test_an_answer_that_was_cut_and_a_strange_prompt_get_a_remark(play, says):
     play.controls.prompt.value = "what is this"
     play.run()
     line = text(play.output.line)
-    assert "cut after 1 tokens" in line and "'what' begins no prompt" in line
+    assert "cut after 1 tokens" in line and "'what' isn't a task" in line
     assert not is_error(play)
 
 
