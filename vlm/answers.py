@@ -119,11 +119,11 @@ def answer_warnings(answer: Generation, eos_token_id: int) -> list[str]:
 def print_answers(
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,
-    prompt: str,
-    images: dict[str, Image.Image],
-    settings: GenerationConfig,
     decoder: MaskDecoder | None,
-    outputs: dict[str, Path],
+    prompt: str,
+    images: dict[str | Path, Image.Image],
+    settings: GenerationConfig,
+    outputs: dict[str | Path, Path],
     style: str = "stream",
 ) -> list[str]:
     """Ask about `images`, by file; print the answers, and return their texts.

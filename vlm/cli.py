@@ -31,10 +31,7 @@ def read_path(text: str) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises a ValueError of one line instead of exiting.
-
-    Flags can't be abbreviated: a script would break when a longer flag appears.
-    """
+    """An ArgumentParser that raises one-line ValueErrors; it takes no abbreviations."""
 
     def __init__(self, **options: Any):
         raw = argparse.RawDescriptionHelpFormatter  # a description keeps its lines
@@ -72,10 +69,7 @@ def printable(text: str) -> str:
 
 
 def print_err(message: str) -> None:
-    """Print a line to stderr, above the progress bar if there is one.
-
-    Of several processes (`torchrun`, `accelerate launch`) only the first speaks.
-    """
+    """Print a line to stderr, above a progress bar; of several processes, rank 0's."""
     if sys.stderr is not None and os.environ.get("RANK", "0") == "0":
         from tqdm import tqdm  # importing it takes longer than all that --help needs
 
@@ -83,17 +77,13 @@ def print_err(message: str) -> None:
 
 
 def user_message(error: Exception, out_of_memory: str) -> str | None:
-    """One line about an error that the user can fix; None for a bug in the program.
-
-    `out_of_memory` is the advice where memory is full.
-    """
+    """One line about an error that the user can fix; None for a bug in the program."""
     if isinstance(error, OSError | ValueError | FloatingPointError):
         return textwrap.shorten(str(error), 500, placeholder=" …")
-    full = "out of memory|can't allocate memory|not enough memory"  # CUDA, MPS, CPU
-    is_full = isinstance(error, RuntimeError) and re.search(full, str(error))
-    if is_full or isinstance(error, MemoryError):
-        return f"out of memory: {out_of_memory}"
-    return None
+    words = "out of memory|can't allocate memory|not enough memory"  # CUDA, MPS, CPU
+    full = isinstance(error, RuntimeError) and re.search(words, str(error))
+    full = full or isinstance(error, MemoryError)
+    return f"out of memory: {out_of_memory}" if full else None
 
 
 def run_main(

@@ -60,13 +60,12 @@ def build_parser() -> OneLineParser:
     several, real = dict(nargs="+", action="extend"), dict(type=float, metavar="X")
     images = "what to ask about: files, folders, patterns in quotes"
     drawing = "where to draw what was found: .png or .jpg; a folder for several"
-    decoder = "an .npz or a folder; default: the file beside the model"
     add("--prompt", required=True, help='what to ask, in quotes: "detect owl"')
     add("--image_file_path", required=True, **path, **several, help=images)
     add("--output", **path, help=drawing)
     add_switch("--json", "a JSON object for each image, on a line of its own")
     add("--model_path", **path, help="folder or hub id; default: embedded")
-    add("--mask_decoder", **path, help=decoder)
+    add("--mask_decoder", **path, help="an .npz or a folder; default: the model's own")
     add("--max_tokens_to_generate", **whole, default=100, help="default: 100")
     add_switch("--do_sample", "sample, instead of greedy decoding")
     add("--temperature", **real, help="of sampling; default: 0.8")
@@ -115,7 +114,8 @@ def drawing_paths(
         return {}
     output, usual = Path(output).expanduser(), (".png", ".jpg", ".jpeg")
     wanted = "file that ends in .png or .jpg" if single else "folder, for many drawings"
-    taken = [Path(file) if single else Path(file).parent for file in images]
+    taken = [Path(file).expanduser() for file in images]
+    taken = taken if single else [path.parent for path in taken]
     if not output.parent.is_dir():
         raise FileNotFoundError(f"no folder {output.parent}: make it for --output")
     if (output.suffix.lower() in usual) != single:
@@ -174,17 +174,14 @@ def test_inference(
         raise TypeError("processor must be what make_processor(model, tokenizer) makes")
     if not isinstance(do_sample, bool):
         raise TypeError(f"do_sample must be True or False, not {do_sample!r}")
-    device, images = (
-        choose_device(device),
-        {image_file_path: load_image(image_file_path)},
-    )
+    device, image = choose_device(device), load_image(image_file_path)
     sampling = dict(do_sample=do_sample, temperature=temperature, top_k=top_k)
     settings = make_settings(max_tokens_to_generate, **sampling, top_p=top_p, seed=seed)
     outputs = drawing_paths(output, [image_file_path])
     for line in prompt_warnings(prompt):
         print_err(line)
-    asked = (model.to(device), processor, prompt, images, settings)
-    return print_answers(*asked, decoder, outputs)[0]
+    parts, images = (model.to(device), processor, decoder), {image_file_path: image}
+    return print_answers(*parts, prompt, images, settings, outputs)[0]
 
 
 test_inference.__test__ = False  # the name is a habit of the field, not a test
@@ -213,10 +210,9 @@ def load_parts(options: argparse.Namespace) -> tuple:
     from .segmentation import load_mask_decoder
     from .weights import load_hf_model, make_processor
 
-    decoder = None
+    decoder, device = None, "cpu" if options.only_cpu else "auto"
     if check_prompt(options.prompt) == "segment":
         decoder = load_mask_decoder(options.model_path, options.mask_decoder)
-    device = "cpu" if options.only_cpu else "auto"
     model, tokenizer = load_hf_model(options.model_path, device, options.dtype)
     return model, make_processor(model, tokenizer), decoder
 
@@ -232,14 +228,13 @@ def run(options: argparse.Namespace) -> int:
     names, flags = ("temperature", "top_p", "top_k", "seed"), vars(options)
     given = {name: flags[name] for name in names if flags[name] is not None}
     sampling = dict(do_sample=options.do_sample, temperature=0.8, top_p=0.9) | given
-    warnings = prompt_warnings(prompt)
-    if not options.do_sample:
-        warnings += [f"--{name} counts only with --do_sample True" for name in given]
-    elif options.seed is None:  # PyTorch's own is the same in every process
+    if options.do_sample and options.seed is None:  # PyTorch's is the same in each run
         sampling["seed"] = random.SystemRandom().randrange(2**32)
+    settings = make_settings(options.max_tokens_to_generate, **sampling)
+    warnings, idle = prompt_warnings(prompt), [] if options.do_sample else given
+    warnings += [f"--{name} counts only with --do_sample True" for name in idle]
     if options.mask_decoder is not None and task != "segment":
         warnings.append('--mask_decoder counts only with a prompt like "segment owl"')
-    settings = make_settings(options.max_tokens_to_generate, **sampling)
 
     from tqdm import tqdm
 
@@ -249,22 +244,21 @@ def run(options: argparse.Namespace) -> int:
     style = "json" if options.json else "stream" if single else "text"
     # None hides the bar, too, where stderr is no terminal.
     hidden = True if single or sys.stderr is None else None
-    starts, model, status = range(0, len(files), options.batch_size), None, 0
+    starts, parts, status = range(0, len(files), options.batch_size), None, 0
     for start in tqdm(starts, unit="batch", disable=hidden):
         batch = files[start : start + options.batch_size]
         images = load_images(batch, prompt, style)
         status |= len(images) < len(batch)
-        if images and model is None:
+        if images and parts is None:
             for line in warnings:
                 print_err(line)
-            model, processor, decoder = load_parts(options)
+            parts = load_parts(options)
         if images:
-            asked = (model, processor, prompt, images, settings)
-            print_answers(*asked, decoder, outputs, style)
-    if model is not None:
-        again = f"; again with --seed {settings.seed}"
-        drawn = again if settings.seed != options.seed else ""
-        print_err(f"answered by {describe_model(model, options.model_path)}{drawn}")
+            print_answers(*parts, prompt, images, settings, outputs, style)
+    if parts is not None:
+        drawn = f"; again with --seed {settings.seed}"
+        again = drawn if settings.seed != options.seed else ""
+        print_err(f"answered by {describe_model(parts[0], options.model_path)}{again}")
     return status
 
 
