@@ -4,7 +4,6 @@ Built in notebooks/31_playground.ipynb: edit it there, then run `make export`.
 """
 
 import io
-import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -285,8 +284,7 @@ class Playground:
 
 
 def playground(
-    model_path: str | os.PathLike | None = None,
-    mask_decoder: str | os.PathLike | None = None,
+    model_path: str | Path | None = None, mask_decoder: str | Path | None = None
 ) -> Playground:
     """A Playground of the model at `model_path`, a folder or a hub id.
 
