@@ -61,8 +61,8 @@ def read_image(image: ImageLike | bytes, name: str) -> Image.Image:
     try:
         return load_image(Image.open(io.BytesIO(image)))
     except (OSError, ValueError, Image.DecompressionBombError):
-        message = f"{name} can't be read as a picture: save it as PNG or JPEG"
-        raise ValueError(message) from None
+        unread = f"{name} can't be read as a picture: save it as PNG or JPEG"
+        raise ValueError(unread) from None
 
 
 HALF = {"flex": "1 1 20em", "padding": "0 1em 0 0"}  # side by side, if there is room
@@ -78,35 +78,32 @@ class Controls:
     """The left half of the playground: what is asked, and how."""
 
     def __init__(self, shipped: Sequence[str]):
-        number, slider = widgets.BoundedIntText, widgets.FloatSlider
+        button, number = widgets.Button, widgets.BoundedIntText
         part, most = dict(min=0.05, max=1.0, step=0.05), dict(min=1, max=300)
         typed = dict(continuous_update=False)  # not at each letter
         typed["placeholder"] = "for a file of more than 10 MB"  # Jupyter's limit
         self.shipped = field(widgets.Dropdown, "picture", options=shipped)
-        self.new_scene = widgets.Button(description="New scene", icon="random")
+        self.new_scene = button(description="New scene", icon="random")
         self.upload = widgets.FileUpload(description="Your picture", accept="image/*")
         self.path = field(widgets.Text, "or its path", **typed)
         self.examples = field(widgets.Dropdown, "examples")
         self.prompt = field(widgets.Text, "prompt", value="caption en")
         self.do_sample = field(widgets.Checkbox, "sample")
-        self.temperature = field(slider, "temperature", value=0.8, max=2.0)
-        self.top_p = field(slider, "top_p", value=0.9, **part)
+        self.temperature = field(widgets.FloatSlider, "temperature", value=0.8, max=2.0)
+        self.top_p = field(widgets.FloatSlider, "top_p", value=0.9, **part)
         self.top_k = field(number, "top_k (0: all)", max=10**6)
         self.seed = field(number, "seed", max=2**31 - 1)
         self.max_tokens = field(widgets.IntSlider, "max tokens", value=150, **most)
-        blue = dict(button_style="primary")
-        self.run = widgets.Button(description="Run", icon="play", **blue)
-        self.stop = widgets.Button(description="Stop", icon="stop", disabled=True)
-
+        self.run = button(description="Run", icon="play", button_style="primary")
+        self.stop = button(description="Stop", icon="stop", disabled=True)
         sampling = [self.temperature, self.top_p, self.top_k, self.seed]
         for widget in sampling:
             switch = (self.do_sample, "value"), (widget, "disabled")
             widgets.dlink(*switch, lambda on: not on)
         self.fields = [self.prompt, self.do_sample, *sampling, self.max_tokens]
-        rows = [self.shipped, widgets.HBox([self.new_scene, self.upload])]
-        rows += [self.path, self.examples, *self.fields]
-        rows += [widgets.HBox([self.run, self.stop])]
-        self.box = widgets.VBox(rows, layout=HALF)
+        own, act = [self.new_scene, self.upload], [self.run, self.stop]
+        rows = [self.shipped, widgets.HBox(own), self.path, self.examples, *self.fields]
+        self.box = widgets.VBox([*rows, widgets.HBox(act)], layout=HALF)
 
     def settings(self) -> GenerationConfig:
         """What the checkbox and the sliders say."""
@@ -155,8 +152,8 @@ class OutputPanel:
             yield
         except Exception as error:
             message = user_message(error, OUT_OF_MEMORY)
-            bug = f"a fault of the program: {error!r}"
-            self.line.value = html.line(message or bug, error=True)
+            shown = message or f"a bug in the program: {error!r}"
+            self.line.value = html.line(shown, error=True)
             if message is None:
                 raise
 
@@ -213,10 +210,9 @@ class Playground:
         self.stopped, shipped = threading.Event(), shipped_images()
         self.controls, self.output = Controls([*shipped]), OutputPanel(about)
         bind_events(self, shipped)
-        halves = [self.controls.box, self.output.box]
-        self.box = widgets.Box(halves, layout={"flex_flow": "row wrap"})
-        name, path = next(iter(shipped.items()))
-        self.open(path, name)
+        halves, wrap = [self.controls.box, self.output.box], {"flex_flow": "row wrap"}
+        self.box = widgets.Box(halves, layout=wrap)
+        self.open(shipped["the book's scene"], "the book's scene")
 
     def open(
         self, image: ImageLike | bytes, name: str = "", kinds: Sequence[str] = ()
