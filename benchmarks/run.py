@@ -165,6 +165,18 @@ def speed(folder: Path, rounds: int) -> list[dict[str, float | str]]:
     ]
 
 
+def startup(rounds: int) -> dict[str, float | str]:
+    """What the command's --help costs, against a Python that does nothing."""
+
+    def python(*arguments: str) -> Callable[[], object]:
+        command = [sys.executable, *arguments]
+        quiet = {"check": True, "stdout": subprocess.DEVNULL}
+        return lambda: subprocess.run(command, **quiet)
+
+    show_help = python("-m", "vlm.inference", "--help")
+    return compare("bare Python : --help", python("-c", "pass"), show_help, rounds)
+
+
 class Endless:
     """A tokenizer whose EOS never comes, so that every run writes as many tokens."""
 
@@ -214,7 +226,7 @@ def main() -> None:
     logging.disable_progress_bar()
     folder = find_checkpoint(arguments.model_path)
 
-    rows = speed(folder, arguments.rounds)
+    rows = [startup(arguments.rounds), *speed(folder, arguments.rounds)]
     threads = torch.get_num_threads()
     print(f"{folder.name}, CPU, {threads} threads, torch {torch.__version__}")
     print(f"{'':44}{'ms':>9}{'other ms':>10}{'ratio':>8}   lowest … highest")

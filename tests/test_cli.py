@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import warnings
 from argparse import SUPPRESS
 
 import pytest
@@ -122,6 +123,14 @@ def test_statuses(capsys):
     ):
         assert ends_with(error) == status
         assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.filterwarnings("default::UserWarning")  # the command shows them
+def test_a_warning_is_one_line_without_the_place_in_the_code(capsys):
+    shown = warnings.showwarning
+    assert run_main(lambda: warnings.warn("no \x1b[31m owl", stacklevel=1), "") == 0
+    assert capsys.readouterr() == ("", "warning: no \\x1b[31m owl\n")
+    assert warnings.showwarning is shown  # only the command's are shown so
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes disagree"), TypeError("x")])

@@ -1,4 +1,4 @@
-"""The command line: answers to stdout, one line of advice for every mistake."""
+"""The command line: answers to stdout, one line for every mistake."""
 
 import io
 import json
@@ -18,7 +18,7 @@ import vlm.answers
 import vlm.weights
 from vlm.answers import format_table
 from vlm.detection import Detection, ParsedObjects
-from vlm.inference import find_images, main, test_inference
+from vlm.inference import drawing_paths, find_images, main, test_inference
 from vlm.mask_tokens import DECODER_FILE, MaskDecoder
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
@@ -305,14 +305,14 @@ def test_segment_from_python_needs_a_decoder(checkpoint):
         test_inference(model, processor, "cpu", "segment owl", "picture.png")
 
 
-def test_a_prompt_of_no_known_task_gets_a_remark(checkpoint, says, capsys):
+def test_a_prompt_of_no_known_task_gets_a_warning(checkpoint, says, capsys):
     says("two")
     assert main(ask("What is this?", "--model_path", str(checkpoint))) == 0
-    assert "'What' begins no prompt" in capsys.readouterr().err
+    assert "'What' isn't a task" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    "prompt, advice",
+    "prompt, key",
     [
         ("detect owl, elephant", '"detect owl ; elephant"'),
         ("segment owl and elephant ; pizza", '"segment owl ; elephant ; pizza"'),
@@ -324,9 +324,9 @@ def test_a_prompt_of_no_known_task_gets_a_remark(checkpoint, says, capsys):
         ("find owl", '"detect owl"'),
     ],
 )
-def test_a_prompt_that_misses_by_little_gets_the_right_one(prompt, advice):
+def test_a_prompt_that_misses_by_little_gets_the_right_one(prompt, key):
     (line,) = prompt_warnings(prompt)
-    assert advice in line
+    assert key in line
 
 
 @pytest.mark.parametrize(
@@ -334,7 +334,7 @@ def test_a_prompt_that_misses_by_little_gets_the_right_one(prompt, advice):
     ["detect owl", "detect owl;pizza", "detect owl ; hot dog ;", "segment sandman"]
     + ["caption en", "caption de", "answer en is there an owl?", "ocr", "cap en"],
 )
-def test_a_prompt_in_its_form_gets_no_remark(prompt):
+def test_a_prompt_in_its_form_gets_no_warning(prompt):
     assert prompt_warnings(prompt) == []
 
 
@@ -675,21 +675,21 @@ MISTAKES = [
 ]
 
 
-def check_mistake(words: list[str], advice: str, capsys) -> None:
+def check_mistake(words: list[str], key: str, capsys) -> None:
     assert main(words) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1
-    assert advice in err and "Traceback" not in err
+    assert key in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("words, advice", MISTAKES)
-def test_a_mistake_is_one_line_before_any_model(words, advice, capsys, monkeypatch):
+@pytest.mark.parametrize("words, key", MISTAKES)
+def test_a_mistake_is_one_line_before_any_model(words, key, capsys, monkeypatch):
     def load(*_):
         raise AssertionError("the model was loaded first")
 
     monkeypatch.setattr(vlm.weights, "load_hf_model", load)
-    check_mistake(words, advice, capsys)
+    check_mistake(words, key, capsys)
 
 
 def test_the_picture_is_never_overwritten(capsys):
@@ -710,8 +710,8 @@ def test_a_damaged_checkpoint(checkpoint, tmp_path, capsys):
     for file in checkpoint.iterdir():
         part = 9999 if file.suffix == ".safetensors" else None
         (damaged / file.name).write_bytes(file.read_bytes()[:part])
-    advice = "model.safetensors"
-    check_mistake(ask("caption en", "--model_path", str(damaged)), advice, capsys)
+    key = "model.safetensors"
+    check_mistake(ask("caption en", "--model_path", str(damaged)), key, capsys)
 
 
 def test_a_prompt_longer_than_the_positions(checkpoint, capsys):
@@ -779,3 +779,5 @@ def test_a_tilde_is_the_home_of_picture_and_drawing(
         assert size(tmp_path / "drawn.png") == (20, 10)
     capsys.readouterr()
     check_mistake([*words, "~/picture.png"], "would replace an image", capsys)
+    with pytest.raises(ValueError, match="replace"):  # from Python, too
+        drawing_paths("~/picture.png", ["~/picture.png"])

@@ -157,12 +157,12 @@ def test_a_new_question_starts_from_a_clean_picture(play, says):
     assert play.found is None and play.drawing is None
 
 
-def test_an_answer_that_was_cut_and_a_strange_prompt_get_a_remark(play, says):
+def test_an_answer_that_was_cut_and_a_strange_prompt_get_a_warning(play, says):
     says("two", ends=False)
     play.controls.prompt.value = "what is this"
     play.run()
     line = text(play.output.line)
-    assert "cut after 1 tokens" in line and "'what' begins no prompt" in line
+    assert "cut after 1 tokens" in line and "'what' isn't a task" in line
     assert not is_error(play)
 
 
@@ -287,7 +287,7 @@ def test_stop_doesnt_stop_the_next_answer(play, says):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "advice"),
+    ("prompt", "key"),
     [
         ("", "the prompt is empty"),
         ("  ", "the prompt is empty"),
@@ -297,10 +297,10 @@ def test_stop_doesnt_stop_the_next_answer(play, says):
         ("detect" + " owl" * 300, "shorten the prompt"),
     ],
 )
-def test_a_bad_prompt_is_a_line(prompt, advice, play):
+def test_a_bad_prompt_is_a_line(prompt, key, play):
     play.controls.prompt.value = prompt
     assert play.run() is None
-    assert advice in text(play.output.line) and is_error(play)
+    assert key in text(play.output.line) and is_error(play)
     assert not play.controls.run.disabled
     play.controls.prompt.value = "caption en"
     play.controls.max_tokens.value = 1
@@ -348,7 +348,7 @@ def test_a_fault_of_ours_is_raised_and_the_buttons_come_back(play, says):
     says("two", before=fail)
     with pytest.raises(RuntimeError, match="shapes disagree"):
         play.run()
-    assert "a fault of the program" in text(play.output.line)
+    assert "a bug in the program" in text(play.output.line)
     assert not play.controls.run.disabled
 
 
@@ -386,16 +386,16 @@ def test_nothing_that_a_model_writes_becomes_markup(play, says):
     assert "a &lt;tiny&gt; model" in play.output.about.value
 
 
-def test_a_page_without_a_kernel_gets_a_still_picture_that_says_so(play, says):
+def test_a_page_without_a_kernel_gets_static_html_that_says_so(play, says):
     says(*OWL)
     play.controls.prompt.value = "detect owl"
     play.run()
     bundle = play._repr_mimebundle_()
     assert "application/vnd.jupyter.widget-view+json" in bundle
-    still = bundle["text/html"]
-    assert "need a kernel" in still and "detect owl" in still
-    assert "data:image/jpeg;base64," in still and "owl    " in still
-    assert "<button" not in still and "<script" not in still
+    static = bundle["text/html"]
+    assert "need a kernel" in static and "detect owl" in static
+    assert "data:image/jpeg;base64," in static and "owl    " in static
+    assert "<button" not in static and "<script" not in static
 
 
 # The model that is loaded
@@ -523,7 +523,7 @@ def test_the_playground_answers_in_jupyterlab(page, lab, tmp_path):
     output = page.locator(".jp-OutputArea")
     line, strip = output.locator(".vlm-play p").first, output.locator(".vlm-play li")
     run = output.get_by_role("button", name="Run")
-    run.wait_for()  # widgets, and not the still picture
+    run.wait_for()  # widgets, and not the static page
     assert output.get_by_text("need a kernel").count() == 0
 
     output.get_by_label("prompt").fill("answer en is there an owl?")

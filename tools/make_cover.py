@@ -13,15 +13,11 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlm import (
-    generate,
-    load_hf_model,
-    parse_detections,
-    parse_segmentations,
-)
-from vlm.detection import draw_detections
+from vlm import load_hf_model
+from vlm.answers import draw_answer, parse_answer
+from vlm.sampling import generate_tokens
 from vlm.scenes import VALIDATION_SEEDS, make_scene
-from vlm.segmentation import draw_segmentations, load_mask_decoder
+from vlm.segmentation import load_mask_decoder
 from vlm.weights import make_processor
 
 COVER = Path(__file__).parents[1] / "book" / "images" / "cover.png"
@@ -61,16 +57,13 @@ def main() -> None:
     for number, (place, prompt) in enumerate(PANELS):
         picture = make_scene(VALIDATION_SEEDS[place], SIDE).image
         inputs = processor([prompt], [picture])
-        (answer,) = generate(model, tokenizer, inputs, max_new_tokens=64)
-        if "<seg" in answer:
-            found = parse_segmentations(answer, SIDE, SIDE, decoder)
-            picture = draw_segmentations(picture, found)
-        elif "<loc" in answer:
-            picture = draw_detections(picture, parse_detections(answer, SIDE, SIDE))
+        (answer,) = generate_tokens(model, tokenizer, inputs, max_new_tokens=64)
+        found = parse_answer(prompt, answer, picture.size, decoder)
+        picture = draw_answer(picture, found)
         left = MARGIN + number * (SIDE + MARGIN)
         cover.paste(picture, (left, MARGIN))
         lines = [(prompt, PROMPT_COLOR)]
-        lines += [(line, ANSWER_COLOR) for line in wrap(answer, SIDE, font)]
+        lines += [(line, ANSWER_COLOR) for line in wrap(answer.text, SIDE, font)]
         for row, (line, color) in enumerate(lines):
             place = (left, SIDE + 1.5 * MARGIN + 21 * row)
             draw.text(place, line, fill=color, font=font)

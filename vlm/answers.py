@@ -71,14 +71,15 @@ def format_table(found: ParsedObjects) -> str:
     Segmentations have a column more: how many pixels the mask has.
     """
     has_masks = any(hasattr(one, "mask") for one in found)
-    rows = [["label", "x0", "y0", "x1", "y1", *["mask"] * has_masks, "score"]]
+    columns = ["label", "x0", "y0", "x1", "y1", *["mask"] * has_masks, "score"]
+    rows = [columns] if found else [["nothing found"]]
     for one in found:
-        label, pixels = " ".join(one.label.split()), [*map(round, one.box)]
-        pixels += [one.mask.sum()] if has_masks else []
-        rows.append([label, *map(str, pixels), f"{one.score:.2f}"])
+        pixels = [*map(round, one.box), *([one.mask.sum()] if has_masks else [])]
+        label, score = " ".join(one.label.split()), f"{one.score:.2f}"
+        rows.append([label, *map(str, pixels), score])
     widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = [] if found else ["nothing found"]
-    for label, *numbers in rows if found else ():
+    lines = []
+    for label, *numbers in rows:
         cells = map(str.rjust, numbers, widths[1:])
         lines.append("  ".join([label.ljust(widths[0]), *cells]))
     if found.invalid:
@@ -91,18 +92,16 @@ def format_table(found: ParsedObjects) -> str:
 def to_coco(found: ParsedObjects) -> list[dict[str, Any]]:
     """What was found, in COCO's form: label, score, bbox, and a mask's segmentation.
 
-    bbox is [x, y, width, height] in pixels of the image; segmentation is run lengths
-    as pycocotools writes them: {"size": [height, width], "counts": "…"}.
+    bbox is [x, y, width, height] in pixels; segmentation is pycocotools' run lengths.
     """
     objects = []
     for one in found:
         x0, y0, x1, y1 = one.box
         bbox = [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)]
-        entry = {"label": one.label, "score": round(one.score, 4), "bbox": bbox}
+        objects.append({"label": one.label, "score": round(one.score, 4), "bbox": bbox})
         if hasattr(one, "mask"):
             runs = coco_mask.encode(np.asfortranarray(one.mask, dtype=np.uint8))
-            entry["segmentation"] = runs | {"counts": runs["counts"].decode()}
-        objects.append(entry)
+            objects[-1]["segmentation"] = runs | {"counts": runs["counts"].decode()}
     return objects
 
 
@@ -116,11 +115,11 @@ def answer_warnings(answer: Generation, eos_token_id: int) -> list[str]:
 def print_answers(
     model: PaliGemmaForConditionalGeneration,
     processor: PaliGemmaProcessor,
+    decoder: MaskDecoder | None,
     prompt: str,
-    images: dict[str, Image.Image],
+    images: dict[str | Path, Image.Image],
     settings: GenerationConfig,
-    decoder: MaskDecoder | None = None,
-    outputs: dict[str, Path] | None = None,
+    outputs: dict[str | Path, Path],
     style: str = "stream",
 ) -> list[str]:
     """Ask about `images`, by file; print the answers, and return their texts.
@@ -134,23 +133,22 @@ def print_answers(
     for (file, image), answer in zip(images.items(), answers):
         found = parse_answer(prompt, answer, image.size, decoder)
         warnings = answer_warnings(answer, processor.tokenizer.eos_token_id)
+        text = "" if style == "stream" else f"{printable(file)}: {answer.text}"
+        if found is not None:
+            text += f"\n{format_table(found)}"
+        if style == "json":
+            objects = ParsedObjects() if found is None else found
+            record = dict(file=file, width=image.width, height=image.height)
+            record |= dict(prompt=prompt, answer=answer.text, truncated=bool(warnings))
+            record |= dict(objects=to_coco(objects), invalid=objects.invalid)
+            text = json.dumps(record | dict(repeated=objects.repeated))
         with tqdm.external_write_mode():  # above the bar, if there is one
-            if style == "json":
-                objects = ParsedObjects() if found is None else found
-                record = dict(file=file, width=image.width, height=image.height)
-                record |= dict(prompt=prompt, answer=answer.text)
-                record |= dict(truncated=bool(warnings), objects=to_coco(objects))
-                record |= dict(invalid=objects.invalid, repeated=objects.repeated)
-                print(json.dumps(record), flush=True)
-            else:
-                named = f"{printable(file)}: {answer.text}"
-                print("" if style == "stream" else named, flush=True)
-                if found is not None:
-                    print(format_table(found), flush=True)
+            print(text, flush=True)
         if outputs:
             draw_answer(image, found).save(outputs[file])
-            drawn = f"wrote {outputs[file]}{'' if found else ', without a box'}"
-            warnings += [drawn] if style == "stream" else []
+        if outputs and style == "stream":
+            empty = "" if found else ", without a box"
+            warnings.append(f"wrote {outputs[file]}{empty}")
         for line in warnings:
             print_err(line if style == "stream" else f"{file}: {line}")
     return [answer.text for answer in answers]

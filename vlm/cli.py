@@ -5,7 +5,6 @@ Built in notebooks/30_inference.ipynb: edit it there, then run `make export`.
 
 import argparse
 import difflib
-import io
 import os
 import re
 import sys
@@ -14,13 +13,11 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-__all__ = [
-    "read_path", "OneLineParser", "printable", "print_err", "user_message", "run_main",
-]  # fmt: skip
+__all__ = ["OneLineParser", "printable", "print_err", "user_message", "run_main"]
 
 
 def read_switch(text: str) -> bool:
-    """The value of a switch: true, yes, 1 or false, no, 0, in any case of letters."""
+    """The value of a switch: true, yes, 1 or false, no, 0, in upper or lower case."""
     if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() in ("true", "yes", "1")
@@ -34,14 +31,12 @@ def read_path(text: str) -> str:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises a ValueError of one line instead of exiting.
-
-    Flags can't be abbreviated: a script would break when a longer flag appears.
-    """
+    """An ArgumentParser that raises one-line ValueErrors; it takes no abbreviations."""
 
     def __init__(self, **options: Any):
         raw = argparse.RawDescriptionHelpFormatter  # a description keeps its lines
         super().__init__(formatter_class=raw, **options)
+        self.register("type", "path", read_path)  # for add_argument(…, type="path")
 
     def add_switch(self, flag: str, help: str) -> None:
         """A flag, False by default, that takes `--flag`, `--flag True` or `… False`."""
@@ -52,9 +47,7 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --help lists all flags")
 
-    def parse_args(
-        self, args: Sequence[str] | None = None, namespace: Any = None
-    ) -> argparse.Namespace:
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:
         """The words → options; ValueError for a misspelled flag or a stray word."""
         args = sys.argv[1:] if args is None else args
         flags = self._option_string_actions
@@ -63,7 +56,7 @@ class OneLineParser(argparse.ArgumentParser):
                 near = difflib.get_close_matches(flag, flags, n=1)
                 hint = f"did you mean {near[0]}?" if near else "--help lists all flags"
                 raise ValueError(f"unknown flag {flag}: {hint}")
-        options, stray = self.parse_known_args(args, namespace)
+        options, stray = self.parse_known_args(args)
         if stray:
             hint = "put what has spaces in quotes"
             raise ValueError(f"{stray[0]!r} belongs to no flag: {hint}")
@@ -76,44 +69,34 @@ def printable(text: str) -> str:
 
 
 def print_err(message: str) -> None:
-    """Print a line to stderr, above the progress bar if there is one.
+    """Print a line to stderr, above a progress bar; of several processes, rank 0's."""
+    if sys.stderr is not None and os.environ.get("RANK", "0") == "0":
+        from tqdm import tqdm  # importing it takes longer than all that --help needs
 
-    Of several processes (`torchrun`, `accelerate launch`) only the first speaks.
-    """
-    if sys.stderr is None or os.environ.get("RANK", "0") != "0":
-        return
-    from tqdm import tqdm  # importing it takes longer than all that --help needs
-
-    with tqdm.external_write_mode(sys.stderr):
-        print(printable(message), file=sys.stderr)
+        tqdm.write(printable(message), file=sys.stderr)
 
 
 def user_message(error: Exception, out_of_memory: str) -> str | None:
-    """One line about an error that the user can mend; None for a fault of the program.
-
-    `out_of_memory` is the advice where memory is full.
-    """
+    """One line about an error that the user can fix; None for a bug in the program."""
     if isinstance(error, OSError | ValueError | FloatingPointError):
         return textwrap.shorten(str(error), 500, placeholder=" …")
-    full = "out of memory|can't allocate memory|not enough memory"  # CUDA, MPS, CPU
-    is_full = isinstance(error, RuntimeError) and re.search(full, str(error))
-    if is_full or isinstance(error, MemoryError):
-        return f"out of memory: {out_of_memory}"
-    return None
+    words = "out of memory|can't allocate memory|not enough memory"  # CUDA, MPS, CPU
+    full = isinstance(error, RuntimeError) and re.search(words, str(error))
+    full = full or isinstance(error, MemoryError)
+    return f"out of memory: {out_of_memory}" if full else None
 
 
 def run_main(
     run: Callable[[], int | None], out_of_memory: str, stopped: str = "stopped"
 ) -> int:
-    """Call `run`; the exit status is what it returns (None: 0), or else
+    """Call `run`; the exit status is what it returns (None: 0), or
 
-    - 2 after an error that the user can mend, told in one line on stderr;
-    - 130 after Ctrl-C, and 141 where nobody reads stdout any more (`… | head -1`).
-
+    2 after an error that the user can fix, told in one line on stderr;
+    130 after Ctrl-C, and 141 where nobody reads stdout any more (`… | head -1`).
     Any other exception passes: its traceback is what a bug report needs.
     """
-    for console in (sys.stdout, sys.stderr):  # it may not know every character
-        if isinstance(console, io.TextIOWrapper):
+    for console in (sys.stdout, sys.stderr):
+        if hasattr(console, "reconfigure"):  # it may not know every character
             console.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():  # a line, without the place in the code

@@ -15,28 +15,27 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from .cli import OneLineParser, print_err, read_path, run_main, user_message
+from .cli import OneLineParser, print_err, run_main
 from .prompts import check_decoder, check_prompt, prompt_warnings
 
 if TYPE_CHECKING:  # importing torch takes seconds: --help and typos don't wait for it
-    from torch import device as Device
+    import torch
 
     from .mask_tokens import MaskDecoder
     from .paligemma import PaliGemmaForConditionalGeneration
     from .processing import PaliGemmaProcessor
     from .sampling import GenerationConfig
 
+USAGE = "python -m vlm.inference --prompt PROMPT --image_file_path IMAGE [options]"
 ABOUT = """
 Ask a vision-language model about a picture, or about many. The answer appears as it is
 made; boxes and masks are listed in pixels of the picture and drawn into --output.
 
+Prompts: "caption en", "answer en is there an owl?", "detect owl ; pizza", "segment owl"
+
 Without --model_path the embedded model answers. It knows about a hundred kinds of
-sticker and nothing else of the world: shown a photograph, it sees stickers in it. It
-understands:
-  caption en                              detect owl
-  answer en how many owls are there?      detect owl ; pizza
-  answer en is there an owl?              segment owl ; pizza
-For photographs give --model_path a PaliGemma checkpoint, a folder or a hub id such as
+sticker and nothing else of the world: shown a photograph, it sees stickers in it. For
+photographs give --model_path a PaliGemma checkpoint, a folder or a hub id such as
 google/paligemma-3b-mix-224@bfloat16 (@ names a branch, tag or commit), and to segment
 give --mask_decoder the file that belongs to it: for Google's that is vae-oid.npz.
 
@@ -46,43 +45,36 @@ and repeated; or, for a file that can't be read, with file, prompt and error. Th
 status is 1 then, 2 where nothing could be asked.
 
 Examples:
-  python -m vlm.inference --prompt "caption en" --image_file_path scene.png
   python -m vlm.inference --prompt "segment owl" --image_file_path a.png --output b.png
   python -m vlm.inference --prompt "detect owl" --image_file_path folder "more/*.jpg"
       --output drawings --json > found.jsonl
 """
-TOO_LARGE = "try --dtype 16-bit, --only_cpu True or a smaller --batch_size"
+OUT_OF_MEMORY = "try --dtype 16-bit, --only_cpu True or a smaller --batch_size"
 
 
 def build_parser() -> OneLineParser:
     """All flags, with their help."""
-    parser = OneLineParser(
-        prog="python -m vlm.inference",
-        usage="%(prog)s --prompt PROMPT --image_file_path IMAGE [options]",
-        description=ABOUT,
-    )
+    parser = OneLineParser(usage=USAGE, description=ABOUT)
     add, add_switch = parser.add_argument, parser.add_switch
-    path, whole = dict(type=read_path, metavar="PATH"), dict(type=int, metavar="N")
+    path, whole = dict(type="path", metavar="PATH"), dict(type=int, metavar="N")
     several, real = dict(nargs="+", action="extend"), dict(type=float, metavar="X")
     images = "what to ask about: files, folders, patterns in quotes"
     drawing = "where to draw what was found: .png or .jpg; a folder for several"
-    decoder = "an .npz or a folder; default: the file beside the model"
-    together = "images to ask about at once; default: 1"
     add("--prompt", required=True, help='what to ask, in quotes: "detect owl"')
     add("--image_file_path", required=True, **path, **several, help=images)
     add("--output", **path, help=drawing)
-    add_switch("--json", help="a JSON object for each image, on a line of its own")
+    add_switch("--json", "a JSON object for each image, on a line of its own")
     add("--model_path", **path, help="folder or hub id; default: embedded")
-    add("--mask_decoder", **path, help=decoder)
+    add("--mask_decoder", **path, help="an .npz or a folder; default: the model's own")
     add("--max_tokens_to_generate", **whole, default=100, help="default: 100")
-    add_switch("--do_sample", help="sample, instead of greedy decoding")
+    add_switch("--do_sample", "sample, instead of greedy decoding")
     add("--temperature", **real, help="of sampling; default: 0.8")
     add("--top_p", **real, help="of sampling; default: 0.9, 1: all")
     add("--top_k", **whole, help="of sampling; default: all")
     add("--seed", **whole, help="of sampling: the same answer again")
-    add("--batch_size", **whole, default=1, help=together)
+    add("--batch_size", **whole, default=1, help="images to ask about at once")
     add("--dtype", default="auto", help="of the weights: 16-bit, float32 …")
-    add_switch("--only_cpu", help="run on the CPU, even where there is a GPU")
+    add_switch("--only_cpu", "run on the CPU, even where there is a GPU")
     return parser
 
 
@@ -110,46 +102,42 @@ def find_images(words: Sequence[str]) -> list[str]:
 
 
 def drawing_paths(
-    output: str | Path, image_files: Sequence[str | Path], single: bool = True
-) -> list[Path]:
-    """Where the drawing of each image goes: `output`, or for several a file in it.
+    output: str | Path | None, images: Sequence[str | Path], single: bool = True
+) -> dict[str | Path, Path]:
+    """Where to draw, by image file: `output`, or for several a file in that folder.
 
-    That folder is made where there is none; a drawing in it is called as its image,
-    with .png added to what isn't a PNG or JPEG. Raises ValueError and FileNotFoundError
-    where a drawing can't be saved, or would replace an image or another drawing.
+    The folder is made where there is none; .png is added to what isn't a PNG or JPEG.
+    Raises ValueError and FileNotFoundError where a drawing can't be saved, or would
+    replace an image or another drawing.
     """
+    if output is None:
+        return {}
     output, usual = Path(output).expanduser(), (".png", ".jpg", ".jpeg")
-    is_file = output.suffix.lower() in usual
-    sources = image_files if single else {Path(file).parent for file in image_files}
+    wanted = "file that ends in .png or .jpg" if single else "folder, for many drawings"
+    taken = [Path(file).expanduser() for file in images]
+    taken = taken if single else [path.parent for path in taken]
     if not output.parent.is_dir():
         raise FileNotFoundError(f"no folder {output.parent}: make it for --output")
-    if single and (not is_file or output.is_dir()):
-        raise ValueError(f"--output {output} must be a file that ends in .png or .jpg")
-    if not single and (is_file or output.is_file()):
-        raise ValueError(f"--output {output} must be a folder, for many drawings")
-    if output.exists() and any(output.samefile(s) for s in sources if Path(s).exists()):
+    if (output.suffix.lower() in usual) != single:
+        raise ValueError(f"--output {output} must be a {wanted}")
+    if output.exists() and any(p.exists() and output.samefile(p) for p in taken):
         raise ValueError(f"--output {output} would replace an image: choose another")
     if single:
-        return [output]
+        return {images[0]: output}
     output.mkdir(exist_ok=True)
-    paths = [output / Path(file).name for file in image_files]
-    paths = [p if p.suffix.lower() in usual else Path(f"{p}.png") for p in paths]
-    if len(set(paths)) < len(paths):
+    names = [Path(file).name for file in images]
+    names = [n if n.lower().endswith(usual) else f"{n}.png" for n in names]
+    if len(set(names)) < len(names):
         raise ValueError(f"--output {output}: some images have one name, split them")
-    return paths
+    return {file: output / name for file, name in zip(images, names)}
 
 
-def make_settings(
-    max_tokens_to_generate: int, do_sample: bool, **sampling: Any
-) -> "GenerationConfig":
-    """The settings of generation; errors speak of the command line's names."""
+def make_settings(max_tokens_to_generate: int, **settings: Any) -> "GenerationConfig":
+    """The settings of generation; errors call the limit by the flag's name."""
     from .sampling import GenerationConfig
 
-    if not isinstance(do_sample, bool):
-        raise TypeError(f"do_sample must be True or False, not {do_sample!r}")
-    sampling |= dict(max_new_tokens=max_tokens_to_generate, do_sample=do_sample)
     try:
-        return GenerationConfig(**sampling)
+        return GenerationConfig(max_new_tokens=max_tokens_to_generate, **settings)
     except ValueError as error:
         message = str(error).replace("max_new_tokens", "max_tokens_to_generate")
         raise ValueError(message.removesuffix(", or None")) from None
@@ -158,7 +146,7 @@ def make_settings(
 def test_inference(
     model: "PaliGemmaForConditionalGeneration",
     processor: "PaliGemmaProcessor",
-    device: "str | Device",
+    device: "str | torch.device",
     prompt: str,
     image_file_path: str | Path,
     max_tokens_to_generate: int = 100,
@@ -172,9 +160,8 @@ def test_inference(
 ) -> str:
     """Ask `model` on `device` about an image; print the answer and return its text.
 
-    Boxes and masks, where the answer has or should have some, are printed as a table in
-    pixels of the image. `output`: where to save the image with both drawn on it.
-    `decoder`: the model's mask decoder, which `segment …` needs.
+    Boxes and masks are printed as a table in pixels of the image, and drawn on a copy
+    of it, `output`. `decoder`: the model's mask decoder, which `segment …` needs.
     Raises FileNotFoundError, ValueError and TypeError that say what to do.
     """
     from .answers import print_answers
@@ -185,16 +172,16 @@ def test_inference(
     check_decoder(prompt, decoder)
     if not isinstance(processor, PaliGemmaProcessor):
         raise TypeError("processor must be what make_processor(model, tokenizer) makes")
-    device, images = choose_device(device), {"": load_image(image_file_path)}
-    sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    settings = make_settings(max_tokens_to_generate, do_sample, **sampling)
-    outputs = {}
-    if output is not None:
-        (outputs[""],) = drawing_paths(output, [image_file_path])
+    if not isinstance(do_sample, bool):
+        raise TypeError(f"do_sample must be True or False, not {do_sample!r}")
+    device, image = choose_device(device), load_image(image_file_path)
+    sampling = dict(do_sample=do_sample, temperature=temperature, top_k=top_k)
+    settings = make_settings(max_tokens_to_generate, **sampling, top_p=top_p, seed=seed)
+    outputs = drawing_paths(output, [image_file_path])
     for line in prompt_warnings(prompt):
         print_err(line)
-    asked = (model.to(device), processor, prompt, images, settings)
-    return print_answers(*asked, decoder, outputs)[0]
+    parts, images = (model.to(device), processor, decoder), {image_file_path: image}
+    return print_answers(*parts, prompt, images, settings, outputs)[0]
 
 
 test_inference.__test__ = False  # the name is a habit of the field, not a test
@@ -211,11 +198,10 @@ def load_images(files: Sequence[str], prompt: str, style: str) -> dict:
         except (OSError, ValueError) as error:
             if style == "stream":
                 raise
-            line = user_message(error, TOO_LARGE)
-            print_err(f"error: {line if file in line else f'{file}: {line}'}")
+            why = str(error) if file in str(error) else f"{file}: {error}"
+            print_err(f"error: {why}")
             if style == "json":
-                record = dict(file=file, prompt=prompt, error=line)
-                print(json.dumps(record), flush=True)
+                print(json.dumps(dict(file=file, prompt=prompt, error=why)), flush=True)
     return images
 
 
@@ -224,42 +210,31 @@ def load_parts(options: argparse.Namespace) -> tuple:
     from .segmentation import load_mask_decoder
     from .weights import load_hf_model, make_processor
 
-    decoder = None
+    decoder, device = None, "cpu" if options.only_cpu else "auto"
     if check_prompt(options.prompt) == "segment":
         decoder = load_mask_decoder(options.model_path, options.mask_decoder)
-    elif options.mask_decoder is not None:
-        print_err('--mask_decoder counts only with a prompt like "segment owl"')
-    device = "cpu" if options.only_cpu else "auto"
     model, tokenizer = load_hf_model(options.model_path, device, options.dtype)
     return model, make_processor(model, tokenizer), decoder
-
-
-def choose_sampling(options: argparse.Namespace) -> tuple[dict[str, Any], list[str]]:
-    """The settings that shape sampling, and warnings about flags that do nothing.
-
-    Without --seed, a new one: PyTorch's own is the same in every process.
-    """
-    names = ("temperature", "top_p", "top_k", "seed")
-    given = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
-    seed = random.SystemRandom().randrange(2**32) if options.do_sample else None
-    idle = [] if options.do_sample else given
-    warnings = [f"--{name} counts only with --do_sample True" for name in idle]
-    return dict(temperature=0.8, top_p=0.9, top_k=None, seed=seed) | given, warnings
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what the flags ask, cheap checks first; returns the exit status."""
     prompt, words = options.prompt, options.image_file_path
-    check_prompt(prompt)
-    files = find_images(words)
+    task, files = check_prompt(prompt), find_images(words)
     single = len(words) == 1 and files == words
-    outputs = {}
-    if options.output is not None:
-        outputs = dict(zip(files, drawing_paths(options.output, files, single)))
+    outputs = drawing_paths(options.output, files, single)
     if options.batch_size < 1:
         raise ValueError(f"--batch_size {options.batch_size} must be at least 1")
-    limit, (sampling, idle) = options.max_tokens_to_generate, choose_sampling(options)
-    settings = make_settings(limit, options.do_sample, **sampling)
+    names, flags = ("temperature", "top_p", "top_k", "seed"), vars(options)
+    given = {name: flags[name] for name in names if flags[name] is not None}
+    sampling = dict(do_sample=options.do_sample, temperature=0.8, top_p=0.9) | given
+    if options.do_sample and options.seed is None:  # PyTorch's is the same in each run
+        sampling["seed"] = random.SystemRandom().randrange(2**32)
+    settings = make_settings(options.max_tokens_to_generate, **sampling)
+    warnings, idle = prompt_warnings(prompt), [] if options.do_sample else given
+    warnings += [f"--{name} counts only with --do_sample True" for name in idle]
+    if options.mask_decoder is not None and task != "segment":
+        warnings.append('--mask_decoder counts only with a prompt like "segment owl"')
 
     from tqdm import tqdm
 
@@ -269,28 +244,27 @@ def run(options: argparse.Namespace) -> int:
     style = "json" if options.json else "stream" if single else "text"
     # None hides the bar, too, where stderr is no terminal.
     hidden = True if single or sys.stderr is None else None
-    starts, model, status = range(0, len(files), options.batch_size), None, 0
+    starts, parts, status = range(0, len(files), options.batch_size), None, 0
     for start in tqdm(starts, unit="batch", disable=hidden):
         batch = files[start : start + options.batch_size]
         images = load_images(batch, prompt, style)
         status |= len(images) < len(batch)
-        if images and model is None:
-            for line in prompt_warnings(prompt) + idle:
+        if images and parts is None:
+            for line in warnings:
                 print_err(line)
-            model, processor, decoder = load_parts(options)
+            parts = load_parts(options)
         if images:
-            asked = (model, processor, prompt, images, settings)
-            print_answers(*asked, decoder, outputs, style)
-    if model is not None:
-        again = options.do_sample and options.seed is None
-        seed = f"; again with --seed {settings.seed}" if again else ""
-        print_err(f"answered by {describe_model(model, options.model_path)}{seed}")
+            print_answers(*parts, prompt, images, settings, outputs, style)
+    if parts is not None:
+        drawn = f"; again with --seed {settings.seed}"
+        again = drawn if settings.seed != options.seed else ""
+        print_err(f"answered by {describe_model(parts[0], options.model_path)}{again}")
     return status
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; beside `run_main`'s statuses, 1 where some images failed."""
-    return run_main(lambda: run(build_parser().parse_args(argv)), TOO_LARGE)
+    return run_main(lambda: run(build_parser().parse_args(argv)), OUT_OF_MEMORY)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
 Built in notebooks/31_playground.ipynb: edit it there, then run `make export`.
 """
 
-import functools
 import io
-import os
 import random
-import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +47,11 @@ def example_prompts(kinds: Sequence[str]) -> list[str]:
     """A prompt of each sort about these kinds of sticker, and one about another."""
     first, last = all_kinds()[kinds[0]], all_kinds()[kinds[-1]]
     absent = next(name for name in all_kinds() if name not in kinds)
-    questions = (
-        f"how many {first.plural} are there?",
-        f"is there {last.with_article}?",
-        f"what is left of the {first.name}?",
-    )
-    tasks = ["caption en", f"detect {' ; '.join(kinds[:3])}", f"segment {first.name}"]
-    return [*tasks, *(f"answer en {asked}" for asked in questions), f"detect {absent}"]
+    prompts = ["caption en", f"detect {' ; '.join(kinds[:3])}", f"segment {first.name}"]
+    prompts.append(f"answer en how many {first.plural} are there?")
+    prompts.append(f"answer en is there {last.with_article}?")
+    prompts.append(f"answer en what is left of the {first.name}?")
+    return [*prompts, f"detect {absent}"]
 
 
 def read_image(image: ImageLike | bytes, name: str) -> Image.Image:
@@ -63,11 +59,10 @@ def read_image(image: ImageLike | bytes, name: str) -> Image.Image:
     if not isinstance(image, bytes):
         return load_image(image)
     try:
-        with Image.open(io.BytesIO(image)) as opened:
-            return load_image(opened)
+        return load_image(Image.open(io.BytesIO(image)))
     except (OSError, ValueError, Image.DecompressionBombError):
-        message = f"{name} can't be read as a picture: save it as PNG or JPEG"
-        raise ValueError(message) from None
+        unread = f"{name} can't be read as a picture: save it as PNG or JPEG"
+        raise ValueError(unread) from None
 
 
 HALF = {"flex": "1 1 20em", "padding": "0 1em 0 0"}  # side by side, if there is room
@@ -82,38 +77,33 @@ def field(kind: type[widgets.Widget], name: str, **settings: Any) -> widgets.Wid
 class Controls:
     """The left half of the playground: what is asked, and how."""
 
-    def __init__(self, shipped: Sequence[str], room: int):
-        """`shipped`: names of images. `room`: positions that the image leaves."""
-        whole, button = widgets.BoundedIntText, widgets.Button
+    def __init__(self, shipped: Sequence[str]):
+        button, number = widgets.Button, widgets.BoundedIntText
+        part, most = dict(min=0.05, max=1.0, step=0.05), dict(min=1, max=300)
+        typed = dict(continuous_update=False)  # not at each letter
+        typed["placeholder"] = "for a file of more than 10 MB"  # Jupyter's limit
         self.shipped = field(widgets.Dropdown, "picture", options=shipped)
         self.new_scene = button(description="New scene", icon="random")
         self.upload = widgets.FileUpload(description="Your picture", accept="image/*")
-        typed = dict(continuous_update=False)  # not at each letter
-        typed["placeholder"] = "for a file of more than 10 MB"  # Jupyter's limit
         self.path = field(widgets.Text, "or its path", **typed)
         self.examples = field(widgets.Dropdown, "examples")
         self.prompt = field(widgets.Text, "prompt", value="caption en")
         self.do_sample = field(widgets.Checkbox, "sample")
-        high, part = dict(min=0.0, max=2.0), dict(min=0.05, max=1.0, step=0.05)
-        self.temperature = field(widgets.FloatSlider, "temperature", value=0.8, **high)
+        self.temperature = field(widgets.FloatSlider, "temperature", value=0.8, max=2.0)
         self.top_p = field(widgets.FloatSlider, "top_p", value=0.9, **part)
-        self.top_k = field(whole, "top_k (0: all)", max=10**6)
-        self.seed = field(whole, "seed", max=2**31 - 1)
-        most = max(1, min(300, room // 2))
-        size = dict(min=1, max=most, value=min(150, most))
-        self.max_tokens = field(widgets.IntSlider, "max tokens", **size)
+        self.top_k = field(number, "top_k (0: all)", max=10**6)
+        self.seed = field(number, "seed", max=2**31 - 1)
+        self.max_tokens = field(widgets.IntSlider, "max tokens", value=150, **most)
         self.run = button(description="Run", icon="play", button_style="primary")
         self.stop = button(description="Stop", icon="stop", disabled=True)
-
         sampling = [self.temperature, self.top_p, self.top_k, self.seed]
         for widget in sampling:
             switch = (self.do_sample, "value"), (widget, "disabled")
             widgets.dlink(*switch, lambda on: not on)
         self.fields = [self.prompt, self.do_sample, *sampling, self.max_tokens]
-        rows = [self.shipped, widgets.HBox([self.new_scene, self.upload])]
-        rows += [self.path, self.examples, *self.fields]
-        rows += [widgets.HBox([self.run, self.stop])]
-        self.box = widgets.VBox(rows, layout=HALF)
+        own, act = [self.new_scene, self.upload], [self.run, self.stop]
+        rows = [self.shipped, widgets.HBox(own), self.path, self.examples, *self.fields]
+        self.box = widgets.VBox([*rows, widgets.HBox(act)], layout=HALF)
 
     def settings(self) -> GenerationConfig:
         """What the checkbox and the sliders say."""
@@ -134,12 +124,13 @@ class Controls:
         self.stop.disabled = not busy
 
 
+OUT_OF_MEMORY = "allow fewer tokens, or restart the kernel and load a smaller model"
+
+
 class OutputPanel:
     """The right half of the playground: a line, the image, the answer."""
 
     def __init__(self, about: str):
-        self.image: Image.Image | None = None  # in its own size, upright
-        self.name = ""
         outputs = [widgets.HTML() for _ in range(5)]
         style, self.line, self.view, self.text, self.about = outputs
         style.value, self.about.value = html.style(), html.line(about)
@@ -149,21 +140,22 @@ class OutputPanel:
         """Show another image; after an error there is none, not the last one."""
         self.image = None
         self.line.value = self.view.value = self.text.value = ""
-        self.image = read_image(image, name)
+        self.image = read_image(image, name)  # in its own size, upright
         self.name = f"{name}, {self.image.width} × {self.image.height} pixels"
-        self.show_image(self.image)
         self.line.value = html.line(self.name)
+        self.view.value = html.picture(self.image, self.name)
 
-    def show_image(self, drawing: Image.Image, found: Sequence = ()) -> None:
-        """The image, small, with what was found on it."""
-        labels = ", ".join(one.label for one in found)
-        name = f"{self.name}; marked on it: {labels}" if found else self.name
-        self.view.value = html.picture(drawing, name)
-
-    def show_answer(self, answer: Generation, eos: int, table: str = "") -> None:
-        """The answer's words, all of its tokens, and a table."""
-        words = re.sub(r"<(loc|seg)\d+>", "", answer.text or "(nothing)")
-        self.text.value = html.answer(words, html.token_strip(answer, eos), table)
+    @contextmanager
+    def report_errors(self) -> Iterator[None]:
+        """An error that the user can fix becomes a line."""
+        try:
+            yield
+        except Exception as error:
+            message = user_message(error, OUT_OF_MEMORY)
+            shown = message or f"a bug in the program: {error!r}"
+            self.line.value = html.line(shown, error=True)
+            if message is None:
+                raise
 
 
 def bind_events(playground: "Playground", shipped: dict[str, Path]) -> None:
@@ -198,34 +190,13 @@ def bind_events(playground: "Playground", shipped: dict[str, Path]) -> None:
     controls.run.on_click(start)
 
 
-OUT_OF_MEMORY = "allow fewer tokens, or restart the kernel and load a smaller model"
-
-
-def report_errors(method: Callable) -> Callable:
-    """An error that the user can mend becomes a line in the playground."""
-
-    @functools.wraps(method)
-    def attempt(self: "Playground", *args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(self, *args, **kwargs)
-        except Exception as error:
-            message = user_message(error, OUT_OF_MEMORY)
-            bug = f"a fault of the program: {error!r}"
-            self.output.line.value = html.line(message or bug, error=True)
-            if message is None:
-                raise
-
-    return attempt
-
-
 class Playground:
     """Widgets that ask a model about an image; the last line of a cell shows them.
 
-    `model` and `processor`: as for `test_inference`. `decoder`: for `segment …`.
-    `about`: who answers. All of it works from Python too: set values in `controls`,
-    call `open`, `new_scene` or `run`, and read `answer`, `found` and `drawing` (the
-    image in its own size, with what was found). An error that the user can mend
-    becomes a line in the widgets, never an exception.
+    `decoder`: for `segment …`. `about`: who answers. It works from Python too: set
+    values in `controls`, call `open`, `new_scene` or `run`, read `answer`, `found` and
+    `drawing` (the image in its own size, with what was found). An error that the user
+    can fix becomes a line in the widgets, never an exception.
     """
 
     def __init__(
@@ -236,17 +207,13 @@ class Playground:
         about: str = "",
     ):
         self.model, self.processor, self.decoder = model, processor, decoder
-        self.stopped = threading.Event()
-        positions = model.config.text_config.max_position_embeddings
-        shipped, room = shipped_images(), positions - processor.num_image_tokens
-        self.controls, self.output = Controls([*shipped], room), OutputPanel(about)
+        self.stopped, shipped = threading.Event(), shipped_images()
+        self.controls, self.output = Controls([*shipped]), OutputPanel(about)
         bind_events(self, shipped)
-        halves = [self.controls.box, self.output.box]
-        self.box = widgets.Box(halves, layout={"flex_flow": "row wrap"})
-        name, path = next(iter(shipped.items()))
-        self.open(path, name)
+        halves, wrap = [self.controls.box, self.output.box], {"flex_flow": "row wrap"}
+        self.box = widgets.Box(halves, layout=wrap)
+        self.open(shipped["the book's scene"], "the book's scene")
 
-    @report_errors
     def open(
         self, image: ImageLike | bytes, name: str = "", kinds: Sequence[str] = ()
     ) -> None:
@@ -259,7 +226,8 @@ class Playground:
             self.controls.shipped.index = None
         prompts = example_prompts(kinds or ("owl", "elephant"))  # of the book's scene
         self.controls.examples.options = [("choose one", ""), *zip(prompts, prompts)]
-        self.output.open(image, name or "your picture")
+        with self.output.report_errors():
+            self.output.open(image, name or "your picture")
 
     def new_scene(self, seed: int | None = None) -> None:
         """Ask about a scene that training never saw."""
@@ -267,39 +235,41 @@ class Playground:
         scene = make_scene(seed, html.PREVIEW)
         self.open(scene.image, f"validation scene {seed}", list(scene.counts))
 
-    @report_errors
     def run(self) -> Generation | None:
         """Ask, until the end or Stop; returns the answer, or None after an error."""
-        output, image = self.output, self.output.image
-        prompt, settings = self.controls.prompt.value.strip(), self.controls.settings()
-        eos = self.processor.tokenizer.eos_token_id
         self.answer = self.found = self.drawing = None
         self.stopped.clear()
         self.controls.set_busy(True)
         try:
-            check_decoder(prompt, self.decoder)
-            if image is None:
-                raise ValueError("there is no picture: choose one, or take yours")
-            output.show_image(image)
-            output.line.value = html.line("reading the picture and the prompt …")
-            asked = (self.model, self.processor, prompt, [image], settings)
-            for (answer,) in answer_steps(*asked):
-                output.show_answer(answer, eos)
-                if self.stopped.is_set():
-                    break
-            found = parse_answer(prompt, answer, image.size, self.decoder)
-            if found is not None:
-                self.drawing = draw_answer(image, found)
-                output.show_image(self.drawing, found)
-                output.show_answer(answer, eos, format_table(found))
-            lines = answer_warnings(answer, eos) + prompt_warnings(prompt)
-            if self.stopped.is_set():
-                lines = [f"stopped after {len(answer.token_ids)} tokens"]
-            output.line.value = html.line("; ".join([output.name, *lines]))
-            self.answer, self.found = answer, found
+            with self.output.report_errors():
+                self._ask(self.controls.prompt.value.strip())
         finally:
             self.controls.set_busy(False)
         return self.answer
+
+    def _ask(self, prompt: str) -> None:
+        output, image = self.output, self.output.image
+        eos = self.processor.tokenizer.eos_token_id
+        check_decoder(prompt, self.decoder)
+        if image is None:
+            raise ValueError("there is no picture: choose one, or take yours")
+        output.view.value = html.picture(image, output.name)
+        output.line.value = html.line("reading the picture and the prompt …")
+        asked = (self.model, self.processor, prompt, [image], self.controls.settings())
+        for (answer,) in answer_steps(*asked):
+            output.text.value = html.answer(answer, eos)
+            if self.stopped.is_set():
+                break
+        found = parse_answer(prompt, answer, image.size, self.decoder)
+        if found is not None:
+            self.drawing = draw_answer(image, found)
+            output.view.value = html.picture(self.drawing, output.name, found)
+            output.text.value = html.answer(answer, eos, format_table(found))
+        lines = answer_warnings(answer, eos) + prompt_warnings(prompt)
+        if self.stopped.is_set():
+            lines = [f"stopped after {len(answer.token_ids)} tokens"]
+        output.line.value = html.line("; ".join([output.name, *lines]))
+        self.answer, self.found = answer, found
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         "The widgets; and for where no kernel runs, a picture of them that says so."
@@ -310,8 +280,7 @@ class Playground:
 
 
 def playground(
-    model_path: str | os.PathLike | None = None,
-    mask_decoder: str | os.PathLike | None = None,
+    model_path: str | Path | None = None, mask_decoder: str | Path | None = None
 ) -> Playground:
     """A Playground of the model at `model_path`, a folder or a hub id.
 

@@ -6,7 +6,7 @@ Built in notebooks/30_inference.ipynb: edit it there, then run `make export`.
 import re
 from typing import Any
 
-__all__ = ["check_prompt", "prompt_warnings", "check_decoder"]
+__all__ = ["check_prompt", "check_decoder", "prompt_warnings"]
 
 # First words of the prompts; the last four are known to `pt` checkpoints only.
 TASKS = ("caption", "answer", "detect", "segment", "cap", "describe", "ocr", "question")
@@ -27,28 +27,23 @@ def check_prompt(prompt: str) -> str:
     return task
 
 
+def check_decoder(prompt: str, decoder: Any) -> None:
+    """Raise ValueError for `segment …` without a mask decoder."""
+    if check_prompt(prompt) == "segment" and not callable(decoder):
+        raise ValueError("segment needs the mask decoder: see load_mask_decoder")
+
+
 def prompt_warnings(prompt: str) -> list[str]:
-    """What to know about a prompt that a PaliGemma may not take as it was meant."""
+    """What to know about a prompt that PaliGemma may not take as it was meant."""
     task, *words = prompt.split()
     rest, meant = " ".join(words), task.rstrip(":").lower()
     names = [name for name in re.split(r"\s*(?:[,;]|\band\b)\s*", rest) if name]
     if task in ("detect", "segment") and len(names) > rest.count(";") + 1:
-        several = f'"{task} {" ; ".join(names)}"'
-        return [f'only ";" separates names: for several things write {several}']
-    if task in ("caption", "answer") and not set(words[:1]) & set(LANGUAGES):
+        return [f'only ";" separates names: write "{task} {" ; ".join(names)}"']
+    if task in ("caption", "answer") and not {*words[:1]} & {*LANGUAGES}:
         asked = "" if task == "caption" else f" {rest or 'is it red?'}"
         return [f'a language comes after {task}: "{task} en{asked}"']
-    if task not in TASKS:
-        hint = 'try "caption en", "detect owl" or "answer en is there an owl?"'
-        hint = f'write "{meant} {rest}"' if meant in TASKS else hint
-        return [f"{task!r} begins no prompt that a PaliGemma is trained on: {hint}"]
-    return []
-
-
-def check_decoder(prompt: str, decoder: Any) -> None:
-    """Raise ValueError for `segment …` without a mask decoder."""
-    if check_prompt(prompt) == "segment" and not callable(decoder):
-        raise ValueError(
-            "segment needs the mask decoder that belongs to the model: give what "
-            "load_mask_decoder returns"
-        )
+    hint = 'try "caption en", "detect owl" or "answer en is there an owl?"'
+    hint = f'write "{meant} {rest}"' if meant in TASKS else hint
+    unknown = f"{task!r} isn't a task that PaliGemma is trained on: {hint}"
+    return [] if task in TASKS else [unknown]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
 
@@ -11,7 +13,7 @@ from ..sampling import Generation
 from .page import data_uri
 
 PREVIEW = 480  # the longest side of an image on the page, in pixels
-GREEN = (0, 158, 115)  # behind a token of probability 1; white behind one of 0
+GREEN = (0, 158, 115)  # the background of a token of probability 1; of one of 0: white
 
 
 def style() -> str:
@@ -31,12 +33,14 @@ def line(text: str, error: bool = False) -> str:
     return wrap(f"<p{kind}>{escape(text)}</p>")
 
 
-def picture(image: Image.Image, alt: str) -> str:
-    """An image, small and inside the page; `alt` says what it shows."""
+def picture(image: Image.Image, name: str, found: Sequence = ()) -> str:
+    """An image, small and inside the page; `found` is what is drawn on it."""
     scale = PREVIEW / max(image.size)
     size = tuple(max(1, round(side * scale)) for side in image.size)
     small = image.resize(size, reducing_gap=3.0)
     uri = data_uri(small, "jpeg", quality=85)
+    labels = ", ".join(one.label for one in found)
+    alt = f"{name}; marked on it: {labels}" if labels else name
     return wrap(f'<img alt="{escape(alt)}" src="{uri}">')
 
 
@@ -55,18 +59,20 @@ def token_strip(answer: Generation, eos_token_id: int) -> str:
     return f'<ol aria-label="{name}">{"".join(items)}</ol>'
 
 
-def answer(words: str, tokens: str, table: str) -> str:
-    """An answer's words, the strip of its tokens, and a table, which may be empty."""
+def answer(generation: Generation, eos_token_id: int, table: str = "") -> str:
+    """An answer's words, the strip of its tokens, and a table, if there is one."""
+    words = re.sub(r"<(loc|seg)\d+>", "", generation.text or "(nothing)")
     table = f"<pre>{escape(table)}</pre>" if table else ""
-    return wrap(f"<p><b>{escape(words)}</b></p>{tokens}{table}")
+    strip = token_strip(generation, eos_token_id)
+    return wrap(f"<p><b>{escape(words)}</b></p>{strip}{table}")
 
 
 def static_page(shown: str, settings: str, said: str) -> str:
     """The playground's two halves where no kernel runs; a line says so."""
-    note = (
+    why = (
         "What the playground showed when this page was made. Its buttons and sliders "
         "need a kernel: open the notebook in Jupyter, VS Code or Colab."
     )
     right = wrap(f"<pre>{escape(settings)}</pre>") + said
     halves = wrap(f"<div>{shown}</div><div>{right}</div>", "halves")
-    return f"{style()}{line(note)}{halves}"
+    return f"{style()}{line(why)}{halves}"
