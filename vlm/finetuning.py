@@ -36,14 +36,14 @@ from .runs import TrainingLog, check_output, publish, run_command, run_folder, s
 from .training import SuffixLoss, TrainingConfig, make_accelerator, train
 from .weights import load_hf_model, make_processor, save_hf_model
 
-# What may change when a run goes on: where rows are (their hash stays), what it needs.
+# What may change when a run is resumed; of the rows, their hash must stay the same.
 _FREE = ("data", "save_adapter", "gradient_checkpointing")
 _MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 
 
 @dataclass(kw_only=True)
 class FineTuningConfig(TrainingConfig):
-    """The settings of a run; ValueError for one that can't be."""
+    """The settings of a run; raises ValueError for a value out of range."""
 
     data: str = setting("", "folder with images and a .jsonl file, or that file")
     model_path: str = setting("", "folder or hub id; empty: the embedded model")
@@ -58,7 +58,7 @@ class FineTuningConfig(TrainingConfig):
     validation_fraction: float = setting(0.1, "of the images, unless there is a file")
     gradient_checkpointing: bool = setting(False, "less memory, more time")
     dtype: str = setting("auto", "of frozen weights and of the result")
-    # Of the rows and the dtype, hence not for a user to set.
+    # Derived from the rows and the dtype, so not for a user to set
     steps: int = field(default=1, init=False)
     eval_every: int = field(default=1, init=False)
     mixed_precision: str = field(default="no", init=False)
