@@ -454,6 +454,22 @@ def test_the_loss_after_is_that_of_the_saved_weights(checkpoints, folder):
         assert entry["validation_loss"] == pytest.approx(loss, rel=0.03)
 
 
+def test_the_last_validation_is_of_the_weights_that_are_written(
+    checkpoints, folder, monkeypatch
+):
+    seen = []
+
+    def validate(objective, *given):
+        state = objective.model.state_dict()
+        seen.append({name: tensor.clone() for name, tensor in state.items()})
+        return {"validation_loss": float(len(seen))}
+
+    monkeypatch.setattr("vlm.finetuning._validate", validate)
+    assert run(checkpoints / "bfloat16", "--lora_rank", "2") == 0
+    assert read_log("new")[-1]["validation_loss"] == len(seen)
+    assert_same(weights("new"), seen[-1])
+
+
 @pytest.mark.filterwarnings("default")  # transformers warns about itself
 def test_what_lora_leaves_is_an_ordinary_checkpoint(checkpoints, folder):
     words = ["--lora_rank", "2", "--gradient_checkpointing", "--micro_batch_size", "3"]
