@@ -3,6 +3,7 @@
 import errno
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,34 +20,32 @@ from torch import nn
 from vlm import inference
 from vlm.adapters import (
     ALL_BUT_VISION,
-    gradient_checkpointing,
+    enable_gradient_checkpointing,
     match_parameters,
     merge_adapters,
     save_adapter,
     set_trainable,
 )
-from vlm.finetuning import (
-    FineTuning,
-    FineTuningConfig,
-    _license,
-    _write_card,
-    finetune,
-    main,
-)
+from vlm.finetuning import FineTuningConfig, _write_card, finetune, main
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
 from vlm.rows import (
     Row,
     _check_objects,
     _find_splits,
-    check_lengths,
     read_rows,
     train_validation_split,
 )
 from vlm.training import SuffixLoss, make_accelerator, make_optimizer, training_step
 from vlm.weights import load_hf_model, make_processor, save_hf_model
 
-QUICK = ["--epochs", "2", "--batch_size", "4", "--learning_rate", "3e-3", "--only_cpu"]
+QUICK = ["--epochs", "2", "--batch_size", "4", "--learning_rate", "3e-3"]
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch):
+    """A GPU is left alone, with accelerate's own switch."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 def tiny_model(dtype=torch.float32):
@@ -225,15 +224,10 @@ def test_checkpointing_has_the_same_gradients_and_keeps_less():
 
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
         if again:
-            with gradient_checkpointing(model), hooks:
-                loss = SuffixLoss(model)(inputs)
-                loss.backward()
-        else:
-            with hooks:
-                loss = SuffixLoss(model)(inputs)
-            loss.backward()
-        layer = model.language_model.model.layers[0]
-        assert "forward" not in vars(layer)  # the model is as it was
+            enable_gradient_checkpointing(model)
+        with hooks:
+            loss = SuffixLoss(model)(inputs)
+        loss.backward()
         results.append((kept, loss, [p.grad for p in model.parameters()]))
     (kept, loss, gradients), (fewer, same_loss, same) = results
     assert torch.equal(loss, same_loss)
@@ -343,18 +337,19 @@ def test_answers_that_nothing_could_read_are_refused(prefix, suffix):
 
 @pytest.mark.parametrize("form", ["{}/_annotations.jsonl", "_annotations.{}.jsonl"])
 def test_an_export_is_read_as_what_its_names_say(tmp_path, form):
-    named = {name: tmp_path / form.format(name) for name in ("train", "valid", "test")}
-    for file in named.values():
+    files = [tmp_path / form.format(name) for name in ("train", "valid", "test")]
+    for file in files:
         write_rows(file, [])
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "old.jsonl").touch()  # not the data's
-    assert _find_splits(tmp_path) == named
+    assert _find_splits(tmp_path) == {"train": files[0], "val": files[1]}
     write_rows(tmp_path / form.format("val"), [])
-    with pytest.raises(ValueError, match="holds .*val.*, .*valid"):
+    with pytest.raises(ValueError, match="holds .*train.*, .*val.*, .*valid"):
         _find_splits(tmp_path)
     (tmp_path / form.format("val")).unlink()
-    named["train"].unlink()
-    with pytest.raises(FileNotFoundError, match="train"):
+    assert _find_splits(files[2]) == {"train": files[2]}
+    files[0].unlink()
+    with pytest.raises(ValueError, match="holds .*train and valid"):
         _find_splits(tmp_path)
 
 
@@ -395,10 +390,8 @@ def test_every_epoch_has_every_row(checkpoints, folder, monkeypatch):
     monkeypatch.setattr("vlm.finetuning.train", train)
     model = str(checkpoints / "float32")
     for seed in (0, 1):
-        config = FineTuningConfig(
-            data="mine", model_path=model, seed=seed, only_cpu=True
-        )
-        FineTuning(config, Path("new")).optimize()
+        config = FineTuningConfig(data="mine", model_path=model, seed=seed)
+        finetune(config, "new", stop_after=1)
     order, other = (dataset.indices for dataset in taken)
     assert sorted(order[:11]) == sorted(order[11:22]) == list(range(11))
     assert order[:11] != order[11:22] and order != other
@@ -444,7 +437,6 @@ def test_the_loss_after_is_that_of_the_saved_weights(checkpoints, folder):
         model_path=str(checkpoints / "bfloat16"),
         learning_rate=3e-3,
         epochs=1,
-        only_cpu=True,
     )
     log = finetune(config, "new")
     assert log == read_log("new")
@@ -460,6 +452,22 @@ def test_the_loss_after_is_that_of_the_saved_weights(checkpoints, folder):
         with torch.no_grad():
             loss = model(**inputs)["loss"].item()
         assert entry["validation_loss"] == pytest.approx(loss, rel=0.03)
+
+
+def test_the_last_validation_is_of_the_weights_that_are_written(
+    checkpoints, folder, monkeypatch
+):
+    seen = []
+
+    def validate(objective, *given):
+        state = objective.model.state_dict()
+        seen.append({name: tensor.clone() for name, tensor in state.items()})
+        return {"validation_loss": float(len(seen))}
+
+    monkeypatch.setattr("vlm.finetuning._validate", validate)
+    assert run(checkpoints / "bfloat16", "--lora_rank", "2") == 0
+    assert read_log("new")[-1]["validation_loss"] == len(seen)
+    assert_same(weights("new"), seen[-1])
 
 
 @pytest.mark.filterwarnings("default")  # transformers warns about itself
@@ -575,14 +583,11 @@ def test_rows_of_ones_own_validation_file_are_measured_and_not_trained(
     assert run(checkpoints / "float32") == 0
     said = capsys.readouterr()
     assert "mine/test/rows.jsonl isn't read" in said.err
-    assert "1 rows are about validation images" in said.err
+    assert "1 rows about validation images" in said.err
     card = Path("new/README.md").read_text()
     assert "| training | 7 | 7 | rows.jsonl, SHA-256 " in card
     assert "| validation | 3 | 3 | rows.jsonl, SHA-256 " in card
     assert "| validation_fraction | the validation file |" in card
-    words = ["--output", "other", "--validation", "mine/valid/rows.jsonl"]
-    assert run(checkpoints / "float32", "--data", "mine/train/rows.jsonl", *words) == 0
-    assert read_log("other") == read_log("new")
 
 
 def test_number_formats_follow_each_other_in_one_process(checkpoints, folder):
@@ -592,7 +597,6 @@ def test_number_formats_follow_each_other_in_one_process(checkpoints, folder):
             model_path=str(checkpoints / "float32"),
             epochs=1,
             dtype=dtype,
-            only_cpu=number == 2,
         )
         finetune(config, f"new{number}")
         assert load_hf_model(f"new{number}", "cpu")[0].dtype == getattr(torch, dtype)
@@ -650,7 +654,7 @@ def test_the_embedded_models_children_can_segment(words, folder, tmp_path, capsy
         folder / "labels.jsonl",
         [(f"{n}.png", "segment owl", suffix) for n in range(12)],
     )
-    quick = ["--epochs", "1", "--only_cpu", *words]
+    quick = ["--epochs", "1", *words]
     assert main(["--data", "mine", "--output", "new", *quick]) == 0
     asked = ["--prompt", "segment owl", "--image_file_path", "mine/0.png", "--only_cpu"]
     capsys.readouterr()
@@ -707,7 +711,7 @@ def test_space_is_there_before_the_first_step(
 def test_a_disk_that_is_full_at_the_end_loses_nothing(
     lora, checkpoints, folder, capsys, monkeypatch
 ):
-    def full(*given):
+    def full(*given, **facts):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     assert run(checkpoints / "float32", *lora) == 0
@@ -746,26 +750,45 @@ def test_resume_without_a_run_says_so(checkpoints, folder, capsys):
     assert "no saved run in" in capsys.readouterr().err
 
 
-def test_the_license_of_a_model_on_the_hub_is_in_its_card(tmp_path, monkeypatch):
-    (tmp_path / "README.md").write_text("---\nlicense: gemma\n---\n")
-    asked = []
-
-    def find(path, only):
-        asked.append(only)
-        if path == "no/network":
-            raise FileNotFoundError(path)
-        return tmp_path / "latin" if path == "not/utf-8" else tmp_path
-
-    monkeypatch.setattr("vlm.finetuning.find_checkpoint", find)
-    assert _license("some/model") == "gemma" and asked == [["README.md"]]
-    assert _license("no/network") is None
-    (tmp_path / "latin").mkdir()
-    (tmp_path / "latin" / "README.md").write_bytes(b"license: caf\xe9")
-    assert _license("not/utf-8") is None
+def write_card(folder, model_path):
+    """The card of a run from `model_path`, as if it had been trained."""
+    rows = [Row(Path("0.png"), "caption en", "owl"), Row(Path("1.png"), "a", "pizza")]
+    _write_card(
+        folder,
+        FineTuningConfig(data="x", model_path=model_path),
+        name="mine",
+        splits=(rows[:1], rows[1:], {"train": "labels.jsonl, SHA-256 0"}),
+        num_trained=1,
+        log=[{"validation_loss": 2.0}, {"loss": 1.0}, {"validation_loss": 0.5}],
+    )
+    return (folder / "README.md").read_text()
 
 
-def test_float16_is_not_trained_on_the_cpu(checkpoints, folder, capsys):
-    assert run(checkpoints / "float32", "--dtype", "float16") == 2
+def test_the_license_of_the_base_is_in_the_card(tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+
+    def download(name, file, **options):
+        if name == "no/network":
+            raise FileNotFoundError(name)
+        return base / file
+
+    monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", download)
+    for path in ("some/model", str(base)):
+        card = write_card(tmp_path, path)
+        assert "license: mit\n" in card and "license carries over: mit" in card
+    assert "license: apache-2.0\n" in write_card(tmp_path, "")
+    (base / "README.md").write_bytes(b"license: caf\xe9")
+    for path in ("no/network", str(base), str(tmp_path / "nowhere")):
+        card = write_card(tmp_path, path)
+        assert "license:" not in card and "names no license" in card
+    assert not (tmp_path / "NOTICE").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_float16_is_not_trained_on_the_cpu(dtype, checkpoints, folder, capsys):
+    assert run(checkpoints / "float32", "--dtype", dtype) == 2
     assert "give --dtype bfloat16" in capsys.readouterr().err
     assert not Path("new.unfinished").exists()
 
@@ -792,25 +815,13 @@ def test_paligemma_2_is_fine_tuned_too(tokenizer, folder, capsys):
         close(ours(**inputs)["logits"], wanted)
 
 
-def test_the_card_of_googles_children_carries_gemmas_terms(tmp_path, monkeypatch):
-    assert _license("google/paligemma-3b-pt-224") == "gemma"
-    assert _license("") == "apache-2.0"
-    monkeypatch.setattr("vlm.finetuning.find_checkpoint", pytest.fail)
+def test_the_card_of_googles_children_carries_gemmas_terms(tmp_path):
     page = "https://huggingface.co/google/paligemma-3b-pt-224/tree/bfloat16"
-    run = FineTuning.__new__(FineTuning)  # as if it had been trained
-    vars(run).update(
-        config=FineTuningConfig(data="x", model_path=page),
-        output=Path("mine"),
-        rows=[Row(Path("0.png"), "caption en", "an owl")],
-        validation=[Row(Path("1.png"), "caption en", "a pizza")],
-        files={"train": "labels.jsonl, SHA-256 0"},
-        num_trained=1,
-    )
-    _write_card(tmp_path, run, [{"validation_loss": 2.0}, {"validation_loss": 0.5}])
-    card = (tmp_path / "README.md").read_text()
+    card = write_card(tmp_path, page)
     assert "license: gemma\n" in card
     assert "base_model: google/paligemma-3b-pt-224\n" in card
     assert "google/paligemma-3b-pt-224@bfloat16, fine-tuned with" in card
+    assert "| 2 | 0.5 |" in card and "caption (1), a (1)." in card
     assert "Gemma Terms of Use" in card and "owl" not in card
     assert "ai.google.dev/gemma/terms" in (tmp_path / "NOTICE").read_text()
 
@@ -858,11 +869,11 @@ DETECT = GOOD | {"prefix": "detect owl"}
     "line, message",
     [
         ("{'image': 1}", "labels.jsonl line 3: not valid JSON"),
-        ("[1, 2]", "labels.jsonl line 3: it must be an object"),
-        (GOOD | {"answer": "owl"}, "labels.jsonl line 3: unknown key 'answer'"),
-        ({"image": "0.png", "prefix": "a"}, "labels.jsonl line 3: 'suffix' is missing"),
-        (GOOD | {"suffix": 7}, "labels.jsonl line 3: 'suffix' must be text, not 7"),
-        (GOOD | {"prefix": "\n "}, "labels.jsonl line 3: 'prefix' is empty"),
+        ("[1, 2]", "labels.jsonl line 3: a row is an object like"),
+        (GOOD | {"answer": "owl"}, "'suffix': 'an owl', 'answer': 'owl'}"),
+        ({"image": "0.png", "prefix": "a"}, "not {'image': '0.png', 'prefix': 'a'}"),
+        (GOOD | {"suffix": 7}, "labels.jsonl line 3: 'suffix' can't be 7"),
+        (GOOD | {"prefix": "\n "}, "'prefix' can't be '\\n '"),
         (GOOD | {"prefix": "<image>a"}, "labels.jsonl line 3: '<image>a'"),
         (
             GOOD | {"suffix": "owl<eos>"},
@@ -889,24 +900,25 @@ def test_a_bad_row_is_one_line_with_its_place(
     assert not Path("new.unfinished").exists()
 
 
-def test_a_row_that_is_too_long_says_by_how_much(checkpoints):
-    model, tokenizer = load_hf_model(checkpoints / "float32", "cpu")
-    rows = [Row(Path("0.png"), "caption en", "owl " * 300, "mine line 3")]
-    with pytest.raises(ValueError, match=r"line 3: \d+ tokens.*256 positions"):
-        check_lengths(rows, make_processor(model, tokenizer), 256)
+def test_a_row_that_is_too_long_says_by_how_much(checkpoints, folder, capsys):
+    spoil(folder, 3, json.dumps(GOOD | {"suffix": "owl " * 300}))
+    assert run(checkpoints / "float32") == 2
+    error = capsys.readouterr().err
+    assert re.search(r"labels.jsonl line 3: \d+ tokens.*256 positions", error)
 
 
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--data", "nowhere"], "no .jsonl file in nowhere"),
-        (["--data", "mine/0.png"], "is not text in UTF-8"),
+        (["--data", "nowhere"], "nowhere holds no .jsonl file"),
+        (["--data", "mine/0.png"], "0.png: 'utf-8' codec can't decode"),
         (["--output", "mine"], "mine exists already"),
         (["--model_path", "nowhere"], "no folder nowhere"),
         (["--train", "voice.*"], "no parameter is named like 'voice.*'"),
         (["--train", "*norm*", "--lora_rank", "2"], "LoRA works on linear layers"),
         (["--validation_fraction", "0.99"], "too few"),
-        (["--validation_fraction", "1.5"], "validation_fraction must be between"),
+        (["--validation_fraction", "1.5"], "too few"),
+        (["--validation_fraction", "-1"], "validation_fraction must be at least 0"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--batch_size", "0"], "batch_size must be at least 1"),
         (["--lora_rank", "-1"], "lora_rank must be at least 0"),
@@ -932,7 +944,7 @@ def test_no_labels_and_two_are_errors_that_name_them(checkpoints, folder, capsys
     for path in folder.glob("*.jsonl"):
         path.unlink()
     assert run(checkpoints / "float32") == 2
-    assert "no .jsonl file in" in capsys.readouterr().err
+    assert "mine holds no .jsonl file" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_no_number_ends_the_run_with_one_line(

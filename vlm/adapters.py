@@ -5,27 +5,22 @@ Built in notebooks/25_finetuning.ipynb: edit it there, then run `make export`.
 
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .hub import ADAPTER_FILE, parse_hub_id
+from .hub import ADAPTER_CONFIG, ADAPTER_FILE, parse_hub_id
 from .paligemma import PaliGemmaForConditionalGeneration
-
-if TYPE_CHECKING:
-    from peft import PeftModel
 
 __all__ = [
     "ALL_BUT_VISION", "set_trainable", "merge_adapters", "save_adapter",
-    "gradient_checkpointing",
+    "enable_gradient_checkpointing",
 ]  # fmt: skip
 
 ALL_BUT_VISION = ("language_model.*", "multi_modal_projector.*")
@@ -47,27 +42,24 @@ def match_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def set_trainable(
-    model: PaliGemmaForConditionalGeneration,
-    patterns: Sequence[str],
-    lora_rank: int = 0,
-) -> "PeftModel | None":
+    model: nn.Module, patterns: Sequence[str], lora_rank: int = 0
+) -> nn.Module | None:
     """Freeze all but what `patterns` match; with a rank, all but LoRA adapters there.
 
     What is trained becomes float32. Frozen matrices keep their dtype; vectors, a few
     thousandths of the whole, become float32 too, because norms want one dtype. Returns
-    the adapters (α = 2r) for `merge_adapters`. Source: Hu et al. 2022, through peft.
+    peft's adapters (α = 2r), for `merge_adapters`. Source: Hu et al. 2022.
     """
     adapters, names = None, {*match_parameters(model, patterns)}
     if lora_rank:
         from peft import LoraConfig, get_peft_model  # slow to import: only when needed
 
         linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-        targets = {name for name in linear if f"{name}.weight" in names}
+        targets = [name for name in linear if f"{name}.weight" in names]
         if not targets:
             raise ValueError("LoRA works on linear layers, and no pattern matches one")
-        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank)
-        config.target_modules = targets
-        adapters = get_peft_model(model, config)
+        scale = {"r": lora_rank, "lora_alpha": 2 * lora_rank}
+        adapters = get_peft_model(model, LoraConfig(target_modules=targets, **scale))
     for name, parameter in model.named_parameters():
         if adapters is None:
             parameter.requires_grad_(name in names)
@@ -77,7 +69,7 @@ def set_trainable(
 
 
 def merge_adapters(
-    model: nn.Module, adapters: "PeftModel | None", dtype: torch.dtype
+    model: nn.Module, adapters: nn.Module | None, dtype: torch.dtype
 ) -> None:
     """Undo `set_trainable`: adapters added to their weights, everything in `dtype`."""
     if adapters is not None:
@@ -85,7 +77,7 @@ def merge_adapters(
     model.to(dtype).requires_grad_(True).eval()
 
 
-def save_adapter(adapters: "PeftModel", folder: Path, base: str) -> None:
+def save_adapter(adapters: nn.Module, folder: Path, base: str) -> None:
     """Write the adapters alone, in peft's layout; `base`: the model's folder or hub id.
 
     Layers are named as in transformers' model, so that peft finds them there, too.
@@ -102,12 +94,11 @@ def save_adapter(adapters: "PeftModel", folder: Path, base: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     config.save_pretrained(folder)
     save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
-    shutil.copymode(folder / "adapter_config.json", folder / ADAPTER_FILE)  # readable
+    shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_FILE)  # for all to read
 
 
-@contextmanager
-def gradient_checkpointing(model: PaliGemmaForConditionalGeneration) -> Iterator[None]:
-    """Inside the context, the backward pass recomputes each layer's activations.
+def enable_gradient_checkpointing(model: PaliGemmaForConditionalGeneration) -> None:
+    """Let the backward pass recompute each layer's activations instead of keeping them.
 
     Same gradients, one forward pass more. Source: Chen et al. 2016.
     """
@@ -115,8 +106,3 @@ def gradient_checkpointing(model: PaliGemmaForConditionalGeneration) -> Iterator
     layers += model.language_model.model.layers
     for layer in layers:  # an attribute of the object hides the method of its class
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
