@@ -184,16 +184,18 @@ def token_steps(
     inputs = {n: t.to(model.device) for n, t in inputs.items() if t is not None}
     attention_mask = inputs["attention_mask"]
     batch, length = attention_mask.shape
+    config, limit = model.config.text_config, settings.max_new_tokens
     kv_cache = KVCache()
     if settings.cache == "static":
-        sizes = model.config.text_config, batch, length + settings.max_new_tokens
-        kv_cache = StaticKVCache(*sizes, model.device, model.dtype)
+        kv_cache = StaticKVCache(
+            config, batch, length + limit, model.device, model.dtype
+        )
     seed = settings.seed
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     how = settings.do_sample, settings.temperature, settings.top_k, settings.top_p
     image_id = model.config.image_token_index
     logits = prefill(model, inputs, kv_cache)  # [B, V]
-    for step in range(settings.max_new_tokens):
+    for step in range(limit):
         if not logits.amax(dim=-1).isfinite().all():  # -inf alone is masked out
             advice = "look for NaN in the weights and in pixel_values"
             if model.dtype == torch.float16:
@@ -205,7 +207,7 @@ def token_steps(
         logits[:, image_id : image_id + 1] = -inf
         token_ids, probabilities = sample_next_token(logits, *how, generator)
         yield token_ids.tolist(), probabilities.tolist()
-        if step + 1 < settings.max_new_tokens:
+        if step + 1 < limit:
             one = attention_mask.new_ones(batch, 1)
             attention_mask = torch.cat([attention_mask, one], dim=1)  # [B, T + n]
             logits = decode_one_token(model, token_ids, attention_mask, kv_cache)

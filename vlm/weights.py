@@ -185,7 +185,8 @@ def load_hf_model(
         from .lora import apply_adapter  # imports peft, which is slow
 
         model, tokenizer = load_hf_model(base, device, dtype)
-        apply_adapter(model, find_checkpoint(model_path, revision, ["adapter_*"]))
+        files = ["adapter_*.json", "adapter_*.safetensors"]
+        apply_adapter(model, find_checkpoint(model_path, revision, files))
         return model, tokenizer
     config, tokenizer = read_config(folder), load_tokenizer(folder)
     if (folder / INDEX_FILE).is_file() and not any(folder.glob("*.safetensors")):
@@ -319,8 +320,10 @@ def describe_model(
     size = f"{millions:,.1f} M parameters, {model.dtype}, {model.device}"
     if model_path is not None and Path(model_path).expanduser() != EMBEDDED:
         return f"{model_path}: {size}"
-    world = "It knows a hundred kinds of sticker; in a photograph it sees nothing else"
-    return f"the embedded model {EMBEDDED.name}: {size}. {world}"
+    return (
+        f"the embedded model {EMBEDDED.name}: {size}. It knows about a hundred kinds "
+        "of sticker and nothing else; in a photograph it sees stickers"
+    )
 
 
 def load_chosen_model() -> tuple[PaliGemma, Any, str]:
