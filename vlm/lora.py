@@ -34,10 +34,10 @@ def apply_adapter(model: nn.Module, folder: Path) -> None:
     lora = {name: tensor for name, tensor in state.items() if ".lora_" in name}
     whole = {name: tensor for name, tensor in state.items() if name not in lora}
     try:
-        model.load_state_dict(model.state_dict() | whole)
         config = LoraConfig.from_pretrained(folder)
         if not isinstance(config, LoraConfig):
             raise ValueError(f"it is {config.peft_type}, and only LORA is read")
+        model.load_state_dict(model.state_dict() | whole)
         config.target_modules = {name.partition(".lora_")[0] for name in lora}
         config.modules_to_save = config.exclude_modules = None
         config.layers_to_transform = None
