@@ -46,7 +46,7 @@ def test_bfloat16_where_a_card_only_imitates_it(monkeypatch):
         assert choose_dtype("auto", torch.bfloat16, card) == wanted
         assert choose_dtype("bfloat16", torch.bfloat16, card) == torch.bfloat16
         assert choose_dtype("16-bit", torch.float32, card) == wanted
-        # PaliGemma 2's numbers outgrow float16.
+        # PaliGemma 2's activations overflow float16.
         wide = torch.bfloat16 if native else torch.float32
         assert choose_dtype("auto", torch.bfloat16, card, "gemma2") == wide
         assert choose_dtype("16-bit", torch.float32, card, "gemma2") == wide

@@ -11,22 +11,20 @@ from tokenizers import Tokenizer
 
 from vlm.detection import parse_detections
 from vlm.kv_cache import KVCache
-from vlm.next_token import (
-    apply_temperature,
-    sample_next_token,
-    top_k_filter,
-    top_p_filter,
-)
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import loc_token, seg_token
 from vlm.sampling import (
     GenerationConfig,
     IncrementalDetokenizer,
+    apply_temperature,
     generate,
     generate_tokens,
     prefill,
+    sample_next_token,
     stream,
     token_steps,
+    top_k_filter,
+    top_p_filter,
 )
 
 CONFIGS = {
@@ -167,12 +165,15 @@ def test_draws_follow_the_distribution():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
-        (dict(temperature=-0.1), r"temperature=-0.1 must be 0 \(greedy\) or positive"),
+        (dict(max_new_tokens=0), "max_new_tokens=0 must be a whole number, at least 1"),
+        (
+            dict(temperature=-0.1),
+            r"temperature=-0.1 must be 0 \(greedy\) or a positive",
+        ),
         (dict(temperature=float("nan")), "temperature=nan must be"),
         (dict(temperature=float("inf")), "temperature=inf must be"),
-        (dict(top_k=0), "top_k=0 must be at least 1, or None"),
-        (dict(seed=2**64), "must be a number of at most 64 bits"),
+        (dict(top_k=0), "top_k=0 must be a whole number, at least 1, or None"),
+        (dict(seed=2**64), "must be a whole number of at most 64 bits"),
         (dict(top_p=0.0), r"top_p=0.0 must be in \(0, 1\], or None"),
         (dict(top_p=1.1), r"top_p=1.1 must be in \(0, 1\], or None"),
         (dict(cache="huge"), "cache='huge' must be 'dynamic' or 'static'"),
@@ -185,9 +186,9 @@ def test_draws_follow_the_distribution():
         (dict(max_new_tokens="9"), "max_new_tokens='9' must be a whole number"),
         (dict(top_k=2.5), "top_k=2.5 must be a whole number"),
         (dict(seed=2.5), "seed=2.5 must be a whole number"),
-        (dict(temperature="warm"), "temperature='warm' must be a number"),
-        (dict(temperature=None), "temperature=None must be a number"),
-        (dict(top_p="0.9"), "top_p='0.9' must be a number"),
+        (dict(temperature="warm"), "temperature='warm' must be 0 .* positive number"),
+        (dict(temperature=None), "temperature=None must be 0 .* positive number"),
+        (dict(top_p="0.9"), r"top_p='0.9' must be in \(0, 1\]"),
     ],
 )
 def test_bad_settings(model, values, message, no_type_checks):
@@ -320,7 +321,9 @@ def test_probabilities_are_the_models(model):
     torch.testing.assert_close(chances, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("image_id", [120, 128])  # in the table, or behind its end
+@pytest.mark.parametrize(
+    "image_id", [120, 128]
+)  # in the embedding table, or after its end
 def test_an_answer_holds_no_picture(image_id):
     torch.manual_seed(0)
     model = pair(tiny_config(image_token_index=image_id))[0]
@@ -385,17 +388,17 @@ def test_stream_complains_at_once(model):
         stream(model, Letters(), one_row(prompts(model), 0), max_new_tokens=1000)
 
 
-@pytest.mark.parametrize("extra", ["labels", "token_type_ids"])
-def test_inputs_to_train_on_are_refused(model, extra):
+@pytest.mark.parametrize("extra", ["labels", "token_type_ids", "position_ids"])
+def test_other_inputs_are_refused(model, extra):
     inputs = prompts(model) | {extra: torch.zeros(3, 9, dtype=torch.long)}
-    with pytest.raises(ValueError, match="hold no labels and no token_type_ids"):
+    with pytest.raises(ValueError, match=f"without a suffix, not .*{extra}"):
         generate(model, Letters(), inputs)
 
 
 def test_inputs_without_a_mask_are_refused(model):
     inputs = prompts(model)
     del inputs["attention_mask"]
-    with pytest.raises(ValueError, match="inputs lack attention_mask"):
+    with pytest.raises(ValueError, match="must be input_ids, attention_mask"):
         generate(model, Letters(), inputs)
 
 
@@ -507,20 +510,20 @@ def decode_in_pieces(tokenizer, ids):
     return [decoder.add(i) for i in ids] + [decoder.finish()]
 
 
-def test_numbers_that_outgrow_float16_are_no_blanks(model):
+def test_logits_that_overflow_float16_are_an_error(model):
     """What overflows would be NaN, whose best token is the first: a blank."""
     wild = copy.deepcopy(model)
     with torch.no_grad():
         wild.language_model.model.norm.weight.fill_(60_000.0)
     inputs = prompts(wild)
     generate(wild, Letters(), inputs, max_new_tokens=2)  # fits float32
-    message = "no longer numbers in torch.float16.* dtype='float32'"
+    message = "NaN or inf in torch.float16.* dtype='float32'"
     inputs["pixel_values"] = inputs["pixel_values"].half()
     with pytest.raises(FloatingPointError, match=message):
         generate(wild.half(), Letters(), inputs, max_new_tokens=2)
 
 
-def test_other_numbers_that_are_none_are_not_blamed_on_float16(model):
+def test_nan_in_the_weights_is_not_blamed_on_float16(model):
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.multi_modal_projector.linear.weight.fill_(float("nan"))

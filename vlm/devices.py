@@ -29,17 +29,8 @@ def choose_device(device: str | torch.device = "auto") -> torch.device:
         probe.item()  # fails on the meta device, which has no storage
         return probe.device
     except (RuntimeError, AssertionError, ImportError, TypeError) as error:
-        raise ValueError(
-            f"no device {device!r} on this machine, or none for this build of PyTorch: "
-            "use 'auto' or 'cpu'"
-        ) from error
-
-
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 natively; emulation doesn't count."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type != "mps" or torch.backends.mps.is_macos_or_newer(14, 0)
+        what = f"no device {device!r} on this machine or in this build of PyTorch"
+        raise ValueError(f"{what}: use 'auto' or 'cpu'") from error
 
 
 def choose_dtype(
@@ -50,23 +41,22 @@ def choose_dtype(
 ) -> torch.dtype:
     """The dtype by name; "auto": as stored, or the nearest that the device has.
 
-    That is float16 for bfloat16 on a GPU without it, but float32 for the decoder
-    "gemma2", whose activations overflow float16; and float32 for float64 on MPS.
-    "16-bit" is "auto" for weights in bfloat16, whatever the file holds.
+    "16-bit" is "auto" for weights in bfloat16, whatever the file holds. Without
+    bfloat16 that is float16, but float32 for "gemma2", whose activations overflow it.
     Raises ValueError for a type that the model can't compute in.
     """
     if dtype == "16-bit":
         dtype, stored = "auto", torch.bfloat16
     if dtype == "auto":
-        if stored == torch.bfloat16 and not has_bfloat16(device):
+        is_mps = device.type == "mps"
+        native = not is_mps or torch.backends.mps.is_macos_or_newer(14, 0)
+        if device.type == "cuda":  # emulation doesn't count
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        if stored == torch.bfloat16 and not native:
             return torch.float32 if decoder == "gemma2" else torch.float16
-        if stored == torch.float64 and device.type == "mps":
-            return torch.float32
-        return stored
+        return torch.float32 if is_mps and stored == torch.float64 else stored
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if chosen not in FLOAT_TYPES.values():
-        raise ValueError(
-            f"dtype={dtype!r} is not a type that the model computes in: use 'auto', "
-            "'16-bit', 'float32', 'bfloat16', 'float16' or 'float64'"
-        )
+        names = "'auto', '16-bit', 'float32', 'bfloat16', 'float16' or 'float64'"
+        raise ValueError(f"the model can't compute in dtype={dtype!r}: use {names}")
     return chosen

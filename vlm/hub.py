@@ -19,8 +19,8 @@ from huggingface_hub.errors import GatedRepoError, HTTPError
 
 __all__ = [
     "EMBEDDED", "SINGLE_FILE", "INDEX_FILE", "SHARDS", "SMALL_FILES", "COMPANIONS",
-    "ADAPTER_CONFIG", "ADAPTER_FILE", "STAGED", "EXAMPLE", "parse_hub_id",
-    "finish_save", "find_checkpoint", "adapter_base", "require_space",
+    "ADAPTER_CONFIG", "ADAPTER_FILE", "EXAMPLE", "parse_hub_id", "finish_save",
+    "find_checkpoint", "adapter_base", "require_space",
 ]  # fmt: skip
 
 EMBEDDED = Path(str(package_files("vlm"))) / "checkpoints" / "paligemma-stickers"
@@ -48,20 +48,22 @@ def parse_hub_id(model_path: str | os.PathLike) -> tuple[str, str | None] | None
     return found[1] or found[3], found[2] or found[4]
 
 
-def finish_save(folder: Path) -> None:
-    """Move a complete save into place, its single file or index last.
+def finish_save(folder: Path, staged: Path | None = None) -> None:
+    """Move a complete save, `staged`, into place, its single file or index last.
 
     After an interruption the next load or save goes on. What is left of the former
     weights is deleted just before that last move.
     """
-    staged = folder / STAGED
-    if not staged.is_dir():
+    waiting = folder / STAGED
+    if staged is not None:
+        os.replace(staged, waiting)
+    if not waiting.is_dir():
         return
     last, weights = SINGLE_FILE, {SINGLE_FILE}
-    if (staged / INDEX_FILE).is_file():
-        index = json.loads((staged / INDEX_FILE).read_text("utf-8"))
+    if (waiting / INDEX_FILE).is_file():
+        index = json.loads((waiting / INDEX_FILE).read_text("utf-8"))
         last, weights = INDEX_FILE, {INDEX_FILE, *index["weight_map"].values()}
-    for file in sorted(staged.iterdir(), key=lambda file: file.name == last):
+    for file in sorted(waiting.iterdir(), key=lambda file: file.name == last):
         if file.name == last:
             former = {SINGLE_FILE, INDEX_FILE, *(f.name for f in folder.glob(SHARDS))}
             for name in former - weights:
@@ -69,17 +71,7 @@ def finish_save(folder: Path) -> None:
         with suppress(FileNotFoundError):  # another process moved it
             os.replace(file, folder / file.name)
     with suppress(OSError):
-        staged.rmdir()
-
-
-def _check_lfs_pointers(folder: Path) -> None:
-    "Raise FileNotFoundError where git left a pointer instead of the file."
-    for file in filter(Path.is_file, folder.glob("*.[jmns]*")):
-        with file.open("rb") as opened:
-            if opened.read(40).startswith(b"version https://git-lfs"):
-                raise FileNotFoundError(
-                    f"{file} is a Git LFS pointer: run `git lfs pull` in its folder"
-                )
+        waiting.rmdir()
 
 
 def find_checkpoint(
@@ -91,23 +83,23 @@ def find_checkpoint(
 
     A hub id is `owner/name` or `owner/name@revision`: a branch, tag or commit, which
     `revision` may name instead. Its files that match `only` come into the hub's cache.
-    Raises FileNotFoundError for what can't be found or fetched, ValueError for a
-    revision that doesn't fit.
+    Raises FileNotFoundError for what can't be found, ValueError for a wrong revision.
     """
-    hub_id = None if model_path is None else parse_hub_id(model_path)
+    model_path = EMBEDDED if model_path is None else model_path
+    folder, hub_id = Path(model_path).expanduser(), parse_hub_id(model_path)
     if hub_id is None and revision is not None:
         raise ValueError(f"revision={revision!r} needs a hub id, not {model_path}")
-    if model_path is None:
-        return EMBEDDED
-    folder = Path(model_path).expanduser()
     if folder.is_dir():
         finish_save(folder)
-        _check_lfs_pointers(folder)
+        for file in filter(Path.is_file, folder.glob("*.[jmns]*")):
+            with file.open("rb") as opened:
+                is_pointer = opened.read(40).startswith(b"version https://git-lfs")
+            if is_pointer:
+                raise FileNotFoundError(f"{file} is an LFS pointer: run `git lfs pull`")
         return folder
-    if folder.exists():
-        raise FileNotFoundError(f"{folder} is a file, not a folder: {EXAMPLE}")
     if hub_id is None:
-        raise FileNotFoundError(f"no folder {model_path}: {EXAMPLE}")
+        what = f"{folder} is a file" if folder.exists() else f"no folder {model_path}"
+        raise FileNotFoundError(f"{what}: {EXAMPLE}")
     name, in_id = hub_id
     if None not in (revision, in_id) and revision != in_id:
         raise ValueError(f"{model_path} and revision={revision!r} disagree: name one")
@@ -123,10 +115,9 @@ def find_checkpoint(
 
 
 def adapter_base(folder: Path) -> str | None:
-    """The base model of an adapter in peft's layout, as `find_checkpoint` takes it.
+    """The base model of a LoRA adapter's folder; None where it holds no adapter.
 
-    None where `folder` holds no adapter. Raises ValueError where it holds a model too,
-    or where its adapter names no model.
+    Raises ValueError where it holds a model, too, or where the adapter names none.
     """
     path = folder / ADAPTER_CONFIG
     if not path.is_file():
@@ -137,10 +128,10 @@ def adapter_base(folder: Path) -> str | None:
         values = json.loads(path.read_text("utf-8"))
         base, revision = values.get("base_model_name_or_path"), values.get("revision")
         base = Path(base or EMBEDDED).expanduser()
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} names no base model: {error}") from error
     if base.name == EMBEDDED.name and not base.is_dir():  # another machine's
-        return str(EMBEDDED)
+        base = EMBEDDED
     if base.resolve() == folder.resolve():
         raise ValueError(f"{path} names itself: an adapter needs another base model")
     return f"{base}@{revision}" if revision and not base.exists() else str(base)
@@ -148,10 +139,9 @@ def adapter_base(folder: Path) -> str | None:
 
 def require_space(folder: str | os.PathLike, num_bytes: int) -> None:
     """Raise OSError (ENOSPC) unless the disk of `folder` has so many bytes free."""
-    place = Path(folder).expanduser().absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    folder = Path(folder).expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
     if free < num_bytes:
         needs = f"needs {num_bytes / 1e9:.3g} GB, {free / 1e9:.3g} GB free in {folder}"
         raise OSError(errno.ENOSPC, needs)

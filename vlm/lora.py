@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from .hub import ADAPTER_FILE
 from .shards import missing_file, read_header
@@ -18,10 +18,13 @@ __all__ = ["apply_adapter"]
 _PREFIX = "base_model.model."  # before every name in peft's files
 
 
-def _read_adapter(
-    model: nn.Module, folder: Path
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(LoRA's tensors, those that were trained whole), each for a part of the model."""
+def apply_adapter(model: nn.Module, folder: Path) -> None:
+    """Merge the LoRA adapter in `folder` into the model's weights.
+
+    Each of its tensors must be for a part that the model has, by its name in any of the
+    three layouts. Raises FileNotFoundError and ValueError.
+    Source: Hu et al. 2022, in peft's implementation.
+    """
     file = folder / ADAPTER_FILE
     if not file.is_file():
         raise missing_file(ADAPTER_FILE, folder)
@@ -30,29 +33,11 @@ def _read_adapter(
     state = {canonical_name(name.removeprefix(_PREFIX)): t for name, t in tensors}
     lora = {name: tensor for name, tensor in state.items() if ".lora_" in name}
     whole = {name: tensor for name, tensor in state.items() if name not in lora}
-    parts, own = dict(model.named_modules()), model.state_dict()
-    layers = {name: parts.get(name.partition(".lora_")[0]) for name in lora}
-    odd = {name for name, layer in layers.items() if not hasattr(layer, "weight")}
-    odd |= {n for n, t in whole.items() if n not in own or own[n].shape != t.shape}
-    if odd or not state:
-        strange = min(odd, default="nothing")
-        raise ValueError(f"{file} isn't for its base model: it holds {strange:.80}")
-    return lora, whole
-
-
-def apply_adapter(model: nn.Module, folder: Path) -> None:
-    """Merge the LoRA adapter in `folder` into the model's weights.
-
-    Each of its tensors must be for a part that the model has, by its name in any of the
-    three layouts. Raises FileNotFoundError and ValueError.
-    Source: Hu et al. 2022, in peft's implementation.
-    """
-    lora, whole = _read_adapter(model, folder)
-    model.load_state_dict(model.state_dict() | whole)
     try:
         config = LoraConfig.from_pretrained(folder)
         if not isinstance(config, LoraConfig):
             raise ValueError(f"it is {config.peft_type}, and only LORA is read")
+        model.load_state_dict(model.state_dict() | whole)
         config.target_modules = {name.partition(".lora_")[0] for name in lora}
         config.modules_to_save = config.exclude_modules = None
         config.layers_to_transform = None

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
-from .hub import ADAPTER_CONFIG, EXAMPLE, INDEX_FILE, SHARDS, SINGLE_FILE
+from .hub import EXAMPLE, INDEX_FILE, SHARDS, SINGLE_FILE
 
 __all__ = ["missing_file", "StoredTensor", "read_header", "read_index", "find_tensors"]
 
@@ -21,8 +21,7 @@ def missing_file(name: str, folder: Path) -> FileNotFoundError:
         "only safetensors in transformers' format are read, shards with their index; "
         f"no pickles (.bin), GGUF, JAX or Keras files: fetch it, or {EXAMPLE}"
     )
-    inner = [*folder.glob("*/config.json"), *folder.glob(f"*/{ADAPTER_CONFIG}")]
-    if inner:  # the last one has the largest number
+    if inner := [*folder.glob("*/*config.json")]:  # the last has the largest number
         last = max(inner, key=lambda file: [*map(int, re.findall(r"\d+", str(file)))])
         advice = f"its subfolders are checkpoints, give one like {last.parent}"
     return FileNotFoundError(f"no {name} in {folder}: {advice}")
@@ -40,16 +39,13 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by name; ValueError where it's damaged."""
     try:
         with safe_open(file, "pt") as opened:
-            parts = {name: opened.get_slice(name) for name in opened.keys()}
+            parts = [(name, opened.get_slice(name)) for name in opened.keys()]
             return {
-                name: StoredTensor(file, list(part.get_shape()), part.get_dtype())
-                for name, part in parts.items()
+                n: StoredTensor(file, p.get_shape(), p.get_dtype()) for n, p in parts
             }
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{file.resolve()} can't be read (truncated?): delete it and fetch it "
-            f"again ({error!r:.100})"
-        ) from error
+        why = f"delete it and fetch it again ({error!r:.100})"
+        raise ValueError(f"{file.resolve()} can't be read (cut off?): {why}") from error
 
 
 def read_index(index: Path) -> dict[str, StoredTensor]:
@@ -57,10 +53,9 @@ def read_index(index: Path) -> dict[str, StoredTensor]:
     try:
         shards = json.loads(index.read_text("utf-8"))["weight_map"]
         return {n: StoredTensor(index.parent / Path(s).name) for n, s in shards.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{index} is not an index of shards: fetch it again ({error!r:.100})"
-        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"fetch it again ({error!r:.100})"
+        raise ValueError(f"{index} is not an index of shards: {why}") from error
 
 
 def find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -74,15 +69,13 @@ def find_tensors(folder: Path) -> dict[str, StoredTensor]:
         return read_header(single)
     if not index.is_file():
         raise missing_file(SINGLE_FILE, folder)
-    promised = {(name, tensor.file) for name, tensor in read_index(index).items()}
+    promised = {(name, stored.file) for name, stored in read_index(index).items()}
     shards = {file for _, file in promised} | set(folder.glob(SHARDS))
     if lost := sorted(shard.name for shard in shards if not shard.is_file()):
         raise FileNotFoundError(f"{index} names {lost[0]}, which is missing: fetch it")
-    headers = [read_header(shard) for shard in sorted(shards)]
-    found = {(name, header[name].file) for header in headers for name in header}
-    if odd := found ^ promised:
+    found = [item for shard in sorted(shards) for item in read_header(shard).items()]
+    if odd := {(name, stored.file) for name, stored in found} ^ promised:
         name, file = min(odd)
-        raise ValueError(
-            f"{index} and {file.name} disagree about {name[:80]}: fetch both again"
-        )
-    return {name: header[name] for header in headers for name in header}
+        which = f"{index} and {file.name} disagree about {name[:80]}"
+        raise ValueError(f"{which}: fetch both again")
+    return dict(found)

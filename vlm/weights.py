@@ -21,19 +21,16 @@ from torch.overrides import TorchFunctionMode
 from .config import PaliGemmaConfig
 from .devices import FLOAT_TYPES, choose_device, choose_dtype
 from .hub import (
-    ADAPTER_CONFIG,
-    ADAPTER_FILE,
     COMPANIONS,
     EMBEDDED,
     INDEX_FILE,
     SMALL_FILES,
-    STAGED,
     adapter_base,
     find_checkpoint,
     finish_save,
     require_space,
 )
-from .paligemma import PaliGemmaForConditionalGeneration
+from .paligemma import PaliGemmaForConditionalGeneration as PaliGemma
 from .processing import IMAGE_TOKEN, PaliGemmaProcessor
 from .shards import StoredTensor, find_tensors, missing_file, read_index
 from .tensor_names import EMBEDDING, TIED, canonical_name
@@ -47,32 +44,17 @@ __all__ = [
 def _misfit(tensors: dict[str, StoredTensor], why: str) -> ValueError:
     folder = next((stored.file.parent for stored in tensors.values()), "the checkpoint")
     why = shorten(why, 160, placeholder=" …")
-    return ValueError(
-        f"{folder} doesn't fit its config.json: {why}. Give both of one model, with "
-        "adapters merged (merge_and_unload), not quantized"
-    )
+    advice = "give both of one model, adapters merged (merge_and_unload), not quantized"
+    return ValueError(f"{folder} doesn't fit its config.json: {why}: {advice}")
 
 
-def _check_size(config: PaliGemmaConfig, tensors: dict[str, StoredTensor]) -> None:
-    "Raise a ValueError for a config too large for its files, before it is built."
-    vision, tokens = config.vision_config, config.vision_config.num_image_tokens
-    layers = max(vision.num_hidden_layers, config.text_config.num_hidden_layers)
-    sizes = [size for stored in tensors.values() for size in stored.shape or ()]
-    if layers > len(tensors) or tokens > max(sizes, default=tokens):
-        promised = f"it promises {layers} layers and {tokens} image tokens"
-        raise _misfit(tensors, f"{promised}, too many for {len(tensors)} tensors")
-
-
-def check_tensors(
-    model: PaliGemmaForConditionalGeneration, tensors: dict[str, StoredTensor]
-) -> None:
+def check_tensors(model: PaliGemma, tensors: dict[str, StoredTensor]) -> None:
     """Raise a ValueError unless names and shapes of `tensors` are exactly the model's.
 
     One of embedding and output head may be absent: they are one matrix.
     """
     expected = {name: list(p.shape) for name, p in model.state_dict().items()}
-    seen: dict[str, str] = {}
-    problems = []
+    seen, problems = {}, []
     for name, (file, shape, dtype) in tensors.items():
         ours, where = canonical_name(name), f"{name} in {file.name}"
         if ours not in expected:
@@ -102,14 +84,14 @@ class _SkipInit(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def empty_model(config: PaliGemmaConfig) -> PaliGemmaForConditionalGeneration:
+def empty_model(config: PaliGemmaConfig) -> PaliGemma:
     """A model with parameters on the meta device, shapes alone, and real buffers."""
     with init_empty_weights(include_buffers=False), _SkipInit():
-        return PaliGemmaForConditionalGeneration(config)
+        return PaliGemma(config)
 
 
 def read_weights(
-    model: PaliGemmaForConditionalGeneration,
+    model: PaliGemma,
     tensors: dict[str, StoredTensor],
     device: torch.device,
     dtype: torch.dtype,
@@ -117,7 +99,6 @@ def read_weights(
     """Put `tensors` into an empty model, one at a time.
 
     On the CPU in the file's own dtype they stay mapped from the file, not copied.
-    Otherwise only the one that is converted or moved is in memory twice.
     Raises ValueError where an output head in the files isn't the embedding.
     """
     state: dict[str, Tensor] = {}
@@ -132,10 +113,8 @@ def read_weights(
     embedding = state.setdefault(EMBEDDING, state.get(TIED))
     head = state.setdefault(TIED, embedding)
     if head is not embedding and not torch.equal(head, embedding):
-        raise ValueError(
-            f"{EMBEDDING} and {TIED} differ in {file.parent}: in PaliGemma they are "
-            "one tensor. Give a checkpoint that was trained so"
-        )
+        differ = f"{EMBEDDING} and {TIED} differ in {file.parent}"
+        raise ValueError(f"{differ}: PaliGemma ties them, this is another model")
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
 
@@ -148,19 +127,13 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # of every kind: a broken tokenizer.json is Exception's
         reason = shorten(str(error) or repr(error), 100)
-        raise FileNotFoundError(
-            f"no tokenizer that can be read in {folder}: fetch its tokenizer.json, "
-            f"or tokenizer.model, and tokenizer_config.json ({reason})"
-        ) from error
+        advice = "fetch tokenizer.json (or tokenizer.model) and tokenizer_config.json"
+        what = f"no tokenizer that can be read in {folder}: {advice} ({reason})"
+        raise FileNotFoundError(what) from error
 
 
 def read_config(folder: Path) -> PaliGemmaConfig:
-    """A checkpoint's config; an adapter's is that of its base.
-
-    Raises FileNotFoundError, or ValueError for a config that isn't a PaliGemma's.
-    """
-    if (base := adapter_base(folder)) is not None:
-        return read_config(find_checkpoint(base, only=SMALL_FILES))
+    """A checkpoint's config; ValueError for one that isn't a PaliGemma's."""
     path = folder / "config.json"
     if not path.is_file():
         raise missing_file(path.name, folder)
@@ -174,11 +147,14 @@ def _companions_in(folder: Path) -> list[str]:
     return [name for name in COMPANIONS if (folder / name).is_file()]
 
 
-def _fit_model(
-    config: PaliGemmaConfig, tensors: dict[str, StoredTensor]
-) -> PaliGemmaForConditionalGeneration:
+def _fit_model(config: PaliGemmaConfig, tensors: dict[str, StoredTensor]) -> PaliGemma:
     "An empty model with exactly these tensors' names and shapes, or a ValueError."
-    _check_size(config, tensors)
+    vision, tokens = config.vision_config, config.vision_config.num_image_tokens
+    layers = max(vision.num_hidden_layers, config.text_config.num_hidden_layers)
+    sizes = [size for stored in tensors.values() for size in stored.shape or ()]
+    if layers > len(tensors) or tokens > max(sizes, default=tokens):  # don't build it
+        promised = f"it promises {layers} layers and {tokens} image tokens"
+        raise _misfit(tensors, f"{promised}, too many for {len(tensors)} tensors")
     model = empty_model(config)
     check_tensors(model, tensors)
     return model
@@ -189,14 +165,14 @@ def load_hf_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     revision: str | None = None,
-) -> tuple[PaliGemmaForConditionalGeneration, Any]:
+) -> tuple[PaliGemma, Any]:
     """Load (model, tokenizer) from a folder, a hub id, or None: the embedded one.
 
     A hub id may end in `@revision`: a branch, tag or commit; `revision` says the same.
-    The tensors' names may be in any of three layouts; all are checked before a weight
-    is read. Of an adapter (LoRA, in peft's layout) comes its base model, merged with
-    it. The model is in eval mode, and remembers where it came from: the folder is its
-    `name_or_path`, and `companions` names those of `COMPANIONS` that lay there.
+    Names and shapes of all tensors, in any of three layouts, are checked before a
+    weight is read. Of an adapter (LoRA, in peft's layout) comes its base model, merged
+    with it. The model is in eval mode; `name_or_path` is its folder, and `companions`
+    lists the files of its mask tokens there.
     Raises FileNotFoundError and ValueError that name the file and the tensor.
     """
     device = choose_device(device)
@@ -205,8 +181,8 @@ def load_hf_model(
     if (base := adapter_base(folder)) is not None:
         from .lora import apply_adapter  # imports peft, which is slow
 
-        files = (ADAPTER_CONFIG, ADAPTER_FILE)
         model, tokenizer = load_hf_model(base, device, dtype)
+        files = ["adapter_*.json", "adapter_*.safetensors"]
         apply_adapter(model, find_checkpoint(model_path, revision, files))
         return model, tokenizer
     config, tokenizer = read_config(folder), load_tokenizer(folder)
@@ -223,9 +199,7 @@ def load_hf_model(
     return model.to(device).eval(), tokenizer  # the buffers move too
 
 
-def make_processor(
-    model: PaliGemmaForConditionalGeneration, tokenizer: Any
-) -> PaliGemmaProcessor:
+def make_processor(model: PaliGemma, tokenizer: Any) -> PaliGemmaProcessor:
     """The processor with the image size and number of image tokens of a model.
 
     Raises ValueError where the tokenizer belongs to another model.
@@ -260,15 +234,9 @@ def side_files(config: PaliGemmaConfig) -> dict[str, dict[str, Any]]:
 
 
 def _companions_of(
-    model: PaliGemmaForConditionalGeneration,
-    folder: Path,
-    companions_from: str | os.PathLike | None,
+    model: PaliGemma, folder: Path, companions_from: str | os.PathLike | None
 ) -> list[Path]:
-    """The files of a model's mask tokens: of `companions_from`, or those it came with.
-
-    Raises FileNotFoundError where they are gone, ValueError where another model's lie
-    in `folder`.
-    """
+    "The files of a model's mask tokens: of `companions_from`, or those it came with."
     source = Path(companions_from or getattr(model, "name_or_path", ""))
     there, names = _companions_in(source), getattr(model, "companions", [])
     if companions_from is not None:
@@ -283,15 +251,10 @@ def _companions_of(
     return [source / name for name in names]
 
 
-def _tensors_to_save(
-    model: nn.Module,
-) -> tuple[PaliGemmaForConditionalGeneration, dict[str, Tensor]]:
-    """(the model itself, its tensors by name), out of compile's and DDP's wrappers.
-
-    Raises ValueError unless they are plain, and those that the config promises.
-    """
+def _tensors_to_save(model: nn.Module) -> tuple[PaliGemma, dict[str, Tensor]]:
+    "(the model itself, its tensors by name), out of compile's and DDP's wrappers."
     inner = model
-    while not isinstance(inner, PaliGemmaForConditionalGeneration):
+    while not isinstance(inner, PaliGemma):
         inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
         if inner is None:
             kind = type(model).__name__
@@ -302,10 +265,8 @@ def _tensors_to_save(
         tensor = state.get(name)  # of its own class where it is one shard of several
         plain = type(tensor) is Tensor and tensor.dtype in FLOAT_TYPES.values()
         if not plain or tensor.is_meta or tensor.shape != wanted.get(name):
-            raise ValueError(
-                f"{name} isn't the plain tensor that the config promises: merge "
-                "adapters (merge_and_unload), gather shards, save before quantizing"
-            )
+            advice = "merge adapters (merge_and_unload), gather shards, don't quantize"
+            raise ValueError(f"{name} isn't the plain tensor of the config: {advice}")
     head, embedding = state.pop(TIED), state[EMBEDDING]
     if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
         raise ValueError(f"{TIED} isn't {EMBEDDING} any more: call tie_weights first")
@@ -323,7 +284,6 @@ def save_hf_model(
 
     Larger than `max_shard_size` (like "5GB") it becomes shards and an index. The mask
     tokens' files come along, from where the model was loaded or `companions_from`.
-    Everything is checked, then written beside its place, and moved there when complete.
     Raises ValueError, FileNotFoundError or OSError, and leaves `folder` as it was.
     """
     folder = Path(folder).expanduser()
@@ -346,13 +306,11 @@ def save_hf_model(
             raise OSError(f"{error}: nothing in {folder} was replaced") from error
         for file in staged.glob("*.safetensors"):  # made readable for the owner alone
             shutil.copymode(staged / "config.json", file)
-        os.replace(staged, folder / STAGED)
-    finish_save(folder)
+        finish_save(folder, staged)
 
 
 def describe_model(
-    model: PaliGemmaForConditionalGeneration,
-    model_path: str | os.PathLike | None = None,
+    model: PaliGemma, model_path: str | os.PathLike | None = None
 ) -> str:
     """One sentence on the model that gave an answer: name, size, dtype and device."""
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
@@ -365,7 +323,7 @@ def describe_model(
     )
 
 
-def load_chosen_model() -> tuple[PaliGemmaForConditionalGeneration, Any, str]:
+def load_chosen_model() -> tuple[PaliGemma, Any, str]:
     """(model, tokenizer, description) of the folder or hub id in VLM_MODEL.
 
     Its weights come in "16-bit" on CUDA. Of the embedded model where the variable is
