@@ -11,13 +11,6 @@ from typing import Any, ClassVar, Self, get_args, get_origin
 
 __all__ = ["SiglipVisionConfig", "GemmaConfig", "Gemma2Config", "PaliGemmaConfig"]
 
-"""Config: every size of PaliGemma, in dataclasses read from a config.json."""
-
-"""Config: every size of PaliGemma, in dataclasses read from a config.json."""
-
-"""Config: every size of PaliGemma, in dataclasses read from a config.json."""
-
-
 _MOST = 10_000_000  # of anything: far beyond any model, and nothing is out of memory
 
 
@@ -154,7 +147,7 @@ class GemmaConfig(_Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        # transformers 5 keeps the base of RoPE one level down.
+        """Build from a `text_config`; transformers 5 nests RoPE's base deeper."""
         rope = _first_given(
             values.get("rope_parameters"), values.get("rope_scaling"), {}
         )
@@ -235,7 +228,7 @@ class PaliGemmaConfig(_Config):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        # transformers 5 has another name for the same number.
+        """Build from a config.json; transformers 5 writes `image_token_id`."""
         index = (values.get("image_token_index"), values.get("image_token_id"))
         return super().from_dict(values | {"image_token_index": _first_given(*index)})
 

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 NUM_LOCS = 1024  # <loc0000> … <loc1023>: a coordinate in 1024 steps
-NUM_SEGS = 128  # <seg000> … <seg127>: a piece of a mask
+NUM_SEGS = 128  # <seg000> … <seg127>: a part of a mask
 IMAGE_TOKEN = "<image>"
 EXTRA_TOKENS = [  # what PaliGemma adds to Gemma's tokenizer, in the order of their ids
     *(f"<loc{index:04d}>" for index in range(NUM_LOCS)),
