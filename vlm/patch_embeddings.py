@@ -51,7 +51,8 @@ class SiglipVisionEmbeddings(nn.Module):
         if pixel_values.shape[1:] != (channels, side, side):
             raise ValueError(
                 f"pixel_values have shape {list(pixel_values.shape)}, but this model "
-                f"takes [batch, {channels}, {side}, {side}]"
+                f"takes [batch, {channels}, {side}, {side}]: use a processor with "
+                f"image_size={side}"
             )
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(pixel_values)  # [B, D, S/P, S/P]

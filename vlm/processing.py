@@ -155,12 +155,14 @@ def check_tokens(text: str) -> None:
     """Raise a ValueError for special tokens, which the processor adds, and for loc and
     seg tokens that don't exist, such as `<loc7>`.
     """
-    special = "<image>|<bos>|<eos>|<pad>|<unk>"
-    found = re.findall(rf"{special}|(?i:<\s*(?:loc|seg)(?![a-z])[^<>]*>?)", text)
-    if wrong := {*found}.difference(EXTRA_TOKENS[:-1]):
+    for token in (IMAGE_TOKEN, "<bos>", "<eos>", "<pad>", "<unk>"):
+        if token in text:
+            raise ValueError(f"{text!r:.80} contains {token}: the processor adds it")
+    found = re.findall(r"<\s*(?:loc|seg)(?![a-z])[^<>]*>?", text, re.IGNORECASE)
+    if unknown := {*found}.difference(EXTRA_TOKENS):
         raise ValueError(
-            f"{text!r:.80} contains {min(wrong)!r:.20}: the processor adds the special "
-            "tokens, and there are <loc0000> to <loc1023>, <seg000> to <seg127>"
+            f"{min(unknown)!r:.20} is not a token: there are <loc0000> to <loc1023> "
+            "and <seg000> to <seg127>"
         )
 
 
