@@ -286,13 +286,11 @@ def test_reading_changes_nothing_in_the_dict():
         ),
         (
             lambda: SiglipVisionConfig(patch_size=16, num_image_tokens=256),
-            "num_image_tokens=256, but a picture of 224 px in patches of 16 px makes "
-            "196",
+            "num_image_tokens=256, expected 196: 224 px in patches of 16 px",
         ),
         (
             lambda: SiglipVisionConfig.from_dict({"model_type": "clip_vision_model"}),
-            "model_type 'clip_vision_model' is not supported; expected "
-            "'siglip_vision_model'",
+            "model_type='clip_vision_model', expected 'siglip_vision_model'",
         ),
         (
             lambda: SiglipVisionConfig.from_dict({"hidden_act": "quick_gelu"}),
@@ -312,7 +310,7 @@ def test_reading_changes_nothing_in_the_dict():
         ),
         (
             lambda: GemmaConfig.from_dict({"model_type": "llama"}),
-            "model_type 'llama' is not supported; expected 'gemma'",
+            "model_type='llama', expected 'gemma'",
         ),
         (
             lambda: GemmaConfig.from_dict({"hidden_activation": "silu"}),
@@ -325,20 +323,19 @@ def test_reading_changes_nothing_in_the_dict():
         ),
         (
             lambda: gemma2(model_type="gemma3"),
-            "model_type 'gemma3' is not supported; expected 'gemma' or 'gemma2'",
+            "model_type='gemma3', expected 'gemma'",
         ),
         (
             lambda: Gemma2Config.from_dict({"model_type": "gemma"}),
-            "model_type 'gemma' is not supported; expected 'gemma2'",
+            "model_type='gemma', expected 'gemma2'",
         ),
         (
             lambda: gemma2(layer_types=["full_attention"]),
-            "1 layer_types for num_hidden_layers=46: give one for each layer, or none",
+            "1 layer_types, .*expected 46",
         ),
         (
             lambda: gemma2(layer_types=["chunked_attention"] * 46),
-            "layer_types: 'chunked_attention' is not supported; expected "
-            "'sliding_attention' or 'full_attention'",
+            "chunked_attention.*'full_attention'",
         ),
         (lambda: gemma2(sliding_window=0), "sliding_window=0"),
         (
@@ -356,7 +353,7 @@ def test_reading_changes_nothing_in_the_dict():
         ),
         (
             lambda: PaliGemmaConfig.from_dict({"model_type": "llava"}),
-            "model_type 'llava' is not supported; expected 'paligemma'",
+            "model_type='llava', expected 'paligemma'",
         ),
     ],
 )
@@ -373,10 +370,10 @@ def test_folder_without_config(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "config.json is not JSON"),
+        ("{", "config.json: Expecting"),
         ("[]", "says no model_type"),
         ("{}", "says no model_type: expected 'paligemma'"),
-        ('{"model_type": "gemma"}', "model_type 'gemma' is not supported"),
+        ('{"model_type": "gemma"}', "model_type='gemma', expected 'paligemma'"),
     ],
 )
 def test_file_that_is_no_config_of_ours(text, message, tmp_path):
@@ -491,7 +488,7 @@ def test_what_a_file_says_beside_the_fields_is_checked_too(name, value):
 @pytest.mark.parametrize("text", ["[" * 100_000, "\x00", '{"model_type": "paligemma'])
 def test_a_file_that_no_parser_reads(text, tmp_path):
     (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match="is not JSON"):
+    with pytest.raises(ValueError, match="config.json: "):
         PaliGemmaConfig.from_pretrained(tmp_path)
 
 

@@ -113,25 +113,18 @@ def test_wrong_size_is_refused(shape):
     embeddings = SiglipVisionEmbeddings(SiglipVisionConfig(**SIZES[0]))
     message = (
         rf"shape \[{', '.join(map(str, shape))}\], but this model takes "
-        r"\[batch, 3, 28, 28\]: use a processor with image_size=28"
+        r"\[batch, 3, 28, 28\]"
     )
     with pytest.raises(ValueError, match=message):
         embeddings(torch.zeros(shape))
 
 
-@pytest.mark.parametrize(
-    "shape, advice",
-    [
-        ((2, 28, 28, 3), r"put the colors first with pixel_values\.permute"),
-        ((2, 3, 28, 14), "use a processor"),
-        ((3, 28, 28), "add the batch axis"),
-    ],
-)
-def test_shapes_that_the_signature_forbids(shape, advice):
+@pytest.mark.parametrize("shape", [(2, 28, 28, 3), (2, 3, 28, 14), (3, 28, 28)])
+def test_shapes_that_the_signature_forbids(shape):
     """Color last, not square, no batch: the checked signature speaks first in tests."""
     embeddings = SiglipVisionEmbeddings(SiglipVisionConfig(**SIZES[0]))
     with pytest.raises(jaxtyping.TypeCheckError, match="pixel_values"):
         embeddings(torch.zeros(shape))
     unchecked = SiglipVisionEmbeddings.forward.__wrapped__  # as in normal use
-    with pytest.raises(ValueError, match=rf"takes \[batch, 3, 28, 28\]: {advice}"):
+    with pytest.raises(ValueError, match=r"takes \[batch, 3, 28, 28\]"):
         unchecked(embeddings, torch.zeros(shape))

@@ -1,4 +1,4 @@
-"""A picture becomes a row of vectors, one for each square patch.
+"""Patch embeddings: one linear map of each square patch, plus a learned position.
 
 Built in notebooks/02_patch_embeddings.ipynb: edit it there, then run `make export`.
 """
@@ -40,25 +40,19 @@ class SiglipVisionEmbeddings(nn.Module):
     def forward(self, pixel_values: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
         """Pixels in [-1, 1] → one vector a patch, row by row from the top left.
 
-        Raises ValueError where the pictures' shape is not the config's, and for whole
-        numbers: pixels of 0…255 must be scaled first.
+        Raises ValueError for a shape other than the config's, and for integers: pixels
+        of 0…255 must be scaled first.
         """
         if not pixel_values.is_floating_point():
             raise ValueError(
-                f"pixel_values are {pixel_values.dtype}, but this model takes floats "
-                "from -1 to 1: use a processor, or (x / 255 - 0.5) / 0.5"
+                f"pixel_values are {pixel_values.dtype}, expected floats from -1 to 1"
             )
-        side = self.config.image_size
-        expected = (self.config.num_channels, side, side)
-        if tuple(pixel_values.shape[1:]) != expected:
-            advice = f"use a processor with image_size={side}"
-            if tuple(pixel_values.shape) == expected:
-                advice = "add the batch axis with pixel_values[None]"
-            elif tuple(pixel_values.shape[1:]) == (*expected[1:], expected[0]):
-                advice = "put the colors first with pixel_values.permute(0, 3, 1, 2)"
+        channels, side = self.config.num_channels, self.config.image_size
+        if pixel_values.shape[1:] != (channels, side, side):
             raise ValueError(
                 f"pixel_values have shape {list(pixel_values.shape)}, but this model "
-                f"takes [batch, {', '.join(map(str, expected))}]: {advice}"
+                f"takes [batch, {channels}, {side}, {side}]: use a processor with "
+                f"image_size={side}"
             )
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(pixel_values)  # [B, D, S/P, S/P]

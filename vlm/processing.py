@@ -1,4 +1,4 @@
-"""Words, boxes and pictures become numbers, and come back.
+"""Processor: prompts, boxes, mask codes and images to the tensors a model takes.
 
 Built in notebooks/12_processing.ipynb: edit it there, then run `make export`.
 """
@@ -7,11 +7,12 @@ import math
 import operator
 import re
 from collections.abc import Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal, SupportsIndex
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .images import ImageLike, image_to_pixels, load_image
 
@@ -22,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 NUM_LOCS = 1024  # <loc0000> … <loc1023>: a coordinate in 1024 steps
-NUM_SEGS = 128  # <seg000> … <seg127>: a piece of a mask
+NUM_SEGS = 128  # <seg000> … <seg127>: a part of a mask
 IMAGE_TOKEN = "<image>"
 EXTRA_TOKENS = [  # what PaliGemma adds to Gemma's tokenizer, in the order of their ids
     *(f"<loc{index:04d}>" for index in range(NUM_LOCS)),
@@ -33,25 +34,18 @@ EXTRA_TOKENS = [  # what PaliGemma adds to Gemma's tokenizer, in the order of th
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
 
 
-def _as_index(index: Any, count: int, name: str) -> int:
-    "A whole number in 0…count - 1, or an error that says so."
-    try:
-        index = operator.index(index)
-    except TypeError:
-        raise TypeError(f"a {name} must be a whole number, not {index!r}") from None
-    if not 0 <= index < count:
-        raise ValueError(f"{name} {index} is outside 0…{count - 1}")
-    return index
-
-
 def loc_token(index: SupportsIndex) -> str:
     """`<loc0000>` … `<loc1023>`; ValueError outside, TypeError for a fraction."""
-    return EXTRA_TOKENS[_as_index(index, NUM_LOCS, "loc index")]
+    if not 0 <= operator.index(index) < NUM_LOCS:
+        raise ValueError(f"loc index {index} is outside 0…{NUM_LOCS - 1}")
+    return EXTRA_TOKENS[index]
 
 
 def seg_token(code: SupportsIndex) -> str:
     """`<seg000>` … `<seg127>`; ValueError outside, TypeError for a fraction."""
-    return EXTRA_TOKENS[NUM_LOCS + _as_index(code, NUM_SEGS, "seg code")]
+    if not 0 <= operator.index(code) < NUM_SEGS:
+        raise ValueError(f"seg code {code} is outside 0…{NUM_SEGS - 1}")
+    return EXTRA_TOKENS[NUM_LOCS + operator.index(code)]
 
 
 def add_paligemma_tokens(tokenizer: Any) -> Any:
@@ -67,27 +61,21 @@ def add_paligemma_tokens(tokenizer: Any) -> Any:
 
 def check_size(width: float, height: float) -> None:
     """Raise a ValueError unless both are positive numbers."""
-    for side in (width, height):
-        if not isinstance(side, Real) or not 0 < side < math.inf:
-            raise ValueError(
-                f"width and height must be positive numbers, not {width} and {height}"
-            )
+    if not all(isinstance(v, Real) and 0 < v < math.inf for v in (width, height)):
+        raise ValueError(f"{width=} and {height=} must be positive numbers")
 
 
 def box_to_locs(box: Box, width: float, height: float) -> str:
     """A box (x0, y0, x1, y1) in pixels → four loc tokens, in the order y0 x0 y1 x1.
 
     A coordinate v in 0…1 becomes `round(v * 1023)`, as big_vision encodes it; what
-    lies outside the picture is moved to its border. ValueError for other than numbers.
+    lies outside the picture is moved to its border.
     """
     check_size(width, height)
-    try:
-        x0, y0, x1, y1 = map(float, box)
-        fractions = (y0 / height, x0 / width, y1 / height, x1 / width)
-        bins = [round(min(max(v, 0.0), 1.0) * (NUM_LOCS - 1)) for v in fractions]
-    except (TypeError, ValueError):  # not four, not numbers, or NaN
-        raise ValueError(f"a box is four numbers x0, y0, x1, y1, not {box}") from None
-    return "".join(loc_token(u) for u in bins)
+    x0, y0, x1, y1 = map(float, box)
+    fractions = (y0 / height, x0 / width, y1 / height, x1 / width)
+    bins = [round(min(max(v, 0.0), 1.0) * (NUM_LOCS - 1)) for v in fractions]
+    return "".join(map(loc_token, bins))
 
 
 def locs_to_box(text: str, width: float, height: float) -> Box | None:
@@ -107,15 +95,13 @@ def locs_to_box(text: str, width: float, height: float) -> Box | None:
 
 def codes_to_segs(codes: Sequence[int]) -> str:
     """Codes 0…127 → seg tokens, one after another; errors as in `seg_token`."""
-    return "".join(seg_token(code) for code in codes)
+    return "".join(map(seg_token, codes))
 
 
 def segs_to_codes(text: str) -> list[int] | None:
     """Sixteen seg tokens → their codes; None unless exactly sixteen are in range."""
     codes = [int(n) for n in re.findall(r"<seg([0-9]{3})>", text)]
-    if len(codes) != 16 or max(codes) >= NUM_SEGS:
-        return None
-    return codes
+    return codes if len(codes) == 16 and max(codes) < NUM_SEGS else None
 
 
 def pack_rows(
@@ -129,29 +115,24 @@ def pack_rows(
     `input_ids`; `attention_mask`, 1 for real tokens; `token_type_ids`, 1 for suffix
     tokens; `labels`, the suffix's ids and -100 elsewhere.
     """
-    lengths = [len(p) + len(s) for p, s in zip(prefixes, suffixes, strict=True)]
-    input_ids = torch.full((len(lengths), max(lengths)), pad_token_id)  # [B, T]
-    attention_mask = torch.zeros_like(input_ids)
-    token_type_ids = torch.zeros_like(input_ids)
-    for row, (prefix, suffix) in enumerate(zip(prefixes, suffixes, strict=True)):
-        start = max(lengths) - lengths[row] if padding == "left" else 0
-        middle, end = start + len(prefix), start + lengths[row]
-        input_ids[row, start:end] = torch.tensor(prefix + suffix)
-        attention_mask[row, start:end] = 1
-        token_type_ids[row, middle:end] = 1
+
+    def pad(rows: list[list[int]], value: int) -> Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return pad_sequence(tensors, True, value, padding)  # [B, T]
+
+    rows = list(zip(prefixes, suffixes, strict=True))
     return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "token_type_ids": token_type_ids,
-        "labels": input_ids.masked_fill(token_type_ids == 0, -100),
+        "input_ids": pad([p + s for p, s in rows], pad_token_id),
+        "attention_mask": pad([[1] * len(p + s) for p, s in rows], 0),
+        "token_type_ids": pad([[0] * len(p) + [1] * len(s) for p, s in rows], 0),
+        "labels": pad([[-100] * len(p) + s for p, s in rows], -100),
     }
 
 
 def normalize_prompt(prompt: str) -> str:
     """The one form of a prompt, for training and for asking.
 
-    No whitespace around it; after `detect` and `segment`, names are separated by
-    exactly " ; ". A comma may be part of a name and stays.
+    No whitespace around it; " ; " between the names after `detect` and `segment`.
     """
     task, *rest = prompt.split(maxsplit=1) or [""]
     if task in ("detect", "segment") and rest:
@@ -161,17 +142,12 @@ def normalize_prompt(prompt: str) -> str:
 
 
 def check_tokens(text: str) -> None:
-    """Raise a ValueError for what a prompt or an answer can't contain.
-
-    That is special tokens, which the processor adds, and loc and seg tokens that don't
-    exist, such as `<loc7>` or `<seg128>`. An empty text is fine.
+    """Raise a ValueError for special tokens, which the processor adds, and for loc and
+    seg tokens that don't exist, such as `<loc7>`.
     """
     for token in (IMAGE_TOKEN, "<bos>", "<eos>", "<pad>", "<unk>"):
         if token in text:
-            raise ValueError(
-                f"{text!r:.80} contains {token}: leave it out, the processor adds the "
-                "image tokens and the other special ones"
-            )
+            raise ValueError(f"{text!r:.80} contains {token}: the processor adds it")
     found = re.findall(r"<\s*(?:loc|seg)(?![a-z])[^<>]*>?", text, re.IGNORECASE)
     if unknown := {*found}.difference(EXTRA_TOKENS):
         raise ValueError(
@@ -181,20 +157,17 @@ def check_tokens(text: str) -> None:
 
 
 def _first_wrong_token(tokenizer: Any) -> str | None:
-    "The first of the extra tokens that isn't one id, in their order; None if all are."
-    first = tokenizer.convert_tokens_to_ids(EXTRA_TOKENS[0])
-    if first in (None, tokenizer.unk_token_id):
-        return EXTRA_TOKENS[0]
+    "The first extra token that isn't one id, in PaliGemma's order; None if all are."
+    wanted = tokenizer.convert_tokens_to_ids(EXTRA_TOKENS)
     text = "".join(EXTRA_TOKENS)
     ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
-    for index, token in enumerate(EXTRA_TOKENS):
-        if ids[index : index + 1] != [first + index]:
+    for i, token in enumerate(EXTRA_TOKENS):
+        if ids[i : i + 1] != [wanted[i]] or wanted[i] != wanted[0] + i:
             return token
     return None
 
 
 def _as_strings(values: Any, name: str) -> list[str]:
-    "One string or several, as a list; TypeError for anything else."
     values = [values] if isinstance(values, str) else values
     if not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
         raise TypeError(
@@ -207,30 +180,21 @@ class PaliGemmaProcessor:
     """Prompts and pictures → the tensors that the model takes.
 
     A row is `<image>` N times, `<bos>`, the prompt, a newline; with a suffix, then the
-    suffix and `<eos>`. Same ids as transformers' processor of this name, and the same
-    pixels for upright, opaque, 8-bit pictures. Different on purpose: prompts are
-    brought to one form (`normalize_prompt`), whitespace around a suffix is dropped, and
+    suffix and `<eos>`. Same ids as transformers' processor of this name, but prompts
+    have one form (`normalize_prompt`), whitespace around a suffix is dropped, and
     `<image>` or `<eos>` typed into either is an error (`check_tokens`).
+
+    ValueError for a tokenizer that hasn't one id for each extra token, in PaliGemma's
+    order. Where they are in the vocabulary, but not among its *added* tokens, they
+    would be cut into letters: they are added, which keeps their ids.
     """
 
     def __init__(self, tokenizer: Any, num_image_tokens: int, image_size: int):
-        """`tokenizer`: as AutoTokenizer gives it, with PaliGemma's extra tokens.
-
-        Extra tokens that are in its vocabulary, but not among its *added* tokens, would
-        be cut into letters: they are added, which keeps their ids. Raises ValueError
-        where one still isn't one id in PaliGemma's order, and for numbers below 1.
-        """
-        for number in (num_image_tokens, image_size):
-            if not isinstance(number, Integral) or number < 1:
-                raise ValueError(
-                    "num_image_tokens and image_size must be whole numbers from 1, "
-                    f"not {num_image_tokens} and {image_size}"
-                )
-        token = _first_wrong_token(tokenizer)
-        ids = {*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS)}
-        if token and ids.isdisjoint({None, tokenizer.unk_token_id}):  # all have ids
-            token = _first_wrong_token(add_paligemma_tokens(tokenizer))
-        if token:
+        if _first_wrong_token(tokenizer):
+            ids = {*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS)}
+            if ids.isdisjoint({None, tokenizer.unk_token_id}):  # it knows all of them
+                add_paligemma_tokens(tokenizer)
+        if token := _first_wrong_token(tokenizer):
             raise ValueError(
                 f"{token} isn't one token of this tokenizer, in PaliGemma's order: "
                 "call add_paligemma_tokens(tokenizer) first, or take the checkpoint's"
@@ -273,9 +237,7 @@ class PaliGemmaProcessor:
         texts = _as_strings(text, "text")
         suffixes = None if suffix is None else _as_strings(suffix, "suffix")
         images = list(images) if isinstance(images, (list, tuple)) else [images]
-        if not texts:
-            raise ValueError("text is empty: give at least one prompt and its picture")
-        if not images or len(texts) % len(images):
+        if not texts or not images or len(texts) % len(images):
             raise ValueError(
                 f"{len(texts)} prompts, but {len(images)} pictures: give one for each "
                 "prompt, or one for every n consecutive prompts"
@@ -288,6 +250,6 @@ class PaliGemmaProcessor:
             rows = pack_rows(prefixes, [[]] * len(texts), self.pad_token_id, "left")
             del rows["token_type_ids"], rows["labels"]
         else:
-            answers = [self.encode_suffix(suffix) for suffix in suffixes]
+            answers = [self.encode_suffix(answer) for answer in suffixes]
             rows = pack_rows(prefixes, answers, self.pad_token_id, "right")
         return {**rows, "pixel_values": torch.stack(pixels)}  # [pictures, 3, S, S]

@@ -1,5 +1,4 @@
-"""One linear map turns what the eyes see into vectors that the language model reads
-like words.
+"""Multimodal projector: one linear map from vision features to soft tokens.
 
 Built in notebooks/10_projector.ipynb: edit it there, then run `make export`.
 """

@@ -1,5 +1,4 @@
-"""Bring every token's vector to the same size, so that no layer has to guess how loud
-its input is.
+"""RMSNorm in Gemma's form: divide by the root mean square, times (1 + weight).
 
 Built in notebooks/04_rmsnorm.ipynb: edit it there, then run `make export`.
 """

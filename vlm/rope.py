@@ -1,5 +1,4 @@
-"""Rotate queries and keys by an angle that grows with position: of two positions, a
-score then depends on the signed offset alone.
+"""Rotary position embedding (RoPE): rotate queries and keys by their positions.
 
 Built in notebooks/05_rope.ipynb: edit it there, then run `make export`.
 """
@@ -12,15 +11,15 @@ __all__ = ["GemmaRotaryEmbedding", "apply_rotary_pos_emb"]
 
 
 def rotate_half(states: Float[Tensor, "*B Dh"]) -> Float[Tensor, "*B Dh"]:
-    """A quarter turn of every pair: (first half, second half) → (-second, first)."""
+    """Rotate every pair by 90°: (first half, second half) → (-second, first)."""
     first, second = states.chunk(2, dim=-1)  # two of [..., Dh/2]
     return torch.cat([-second, first], dim=-1)  # [..., Dh]
 
 
 class GemmaRotaryEmbedding(nn.Module):
-    """Cosines and sines of the angles by which each position turns its pairs.
+    """Cosines and sines of the angles by which each position rotates its pairs.
 
-    Number i of a head is paired with number i + Dh/2 (split halves), and pair i turns
+    Number i of a head is paired with number i + Dh/2 (split halves), and pair i rotates
     by `base ** (-2 * i / Dh)` radians a position. `dim` is the head's width Dh; an odd
     one is a ValueError. Source: Su et al. 2021 (RoFormer).
     """
@@ -44,7 +43,7 @@ class GemmaRotaryEmbedding(nn.Module):
         if position_ids.ndim != 2:
             raise ValueError(
                 f"position_ids have shape {list(position_ids.shape)}, expected "
-                "[batch, tokens]: add the batch axis with position_ids[None]"
+                "[batch, tokens]"
             )
         even = torch.arange(0, self.dim, 2, device=hidden_states.device)  # 2i: [Dh/2]
         inv_freq = 1.0 / self.base ** (even.float() / self.dim)  # [Dh/2]
@@ -60,7 +59,7 @@ def apply_rotary_pos_emb(
     cos: Float[Tensor, "B T Dh"],
     sin: Float[Tensor, "B T Dh"],
 ) -> tuple[Float[Tensor, "B H T Dh"], Float[Tensor, "B K T Dh"]]:
-    """Turn queries and keys by their positions' angles; values stay as they are."""
+    """Rotate queries and keys by their positions' angles; values stay as they are."""
     cos = cos.unsqueeze(1)  # [B, 1, T, Dh]: the same angles for every head
     sin = sin.unsqueeze(1)  # [B, 1, T, Dh]
     query_states = query_states * cos + rotate_half(query_states) * sin

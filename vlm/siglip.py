@@ -1,4 +1,4 @@
-"""A stack of transformer layers in which every patch looks at every other.
+"""SigLIP vision encoder: pre-norm transformer layers over image patches, no mask.
 
 Built in notebooks/03_siglip.ipynb: edit it there, then run `make export`.
 """
@@ -15,7 +15,7 @@ __all__ = ["SiglipVisionModel"]
 
 
 class SiglipAttention(nn.Module):
-    """Multi-head self-attention without a mask: every patch sees every patch.
+    """Multi-head self-attention without a mask: every patch attends to every patch.
 
     Follows Vaswani et al. 2017; every projection has a bias.
     """
@@ -34,28 +34,23 @@ class SiglipAttention(nn.Module):
         states = states.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, Dh]
         return states.transpose(1, 2)  # [B, H, N, Dh]
 
-    def forward(
-        self, hidden_states: Float[Tensor, "B N D"], output_attentions: bool = False
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B H N N"] | None]:
-        """Mix the patches; with `output_attentions` also the weights, else None.
-
-        Weights exist on the explicit path alone: the fused kernel never stores them.
-        """
+    def forward(self, hidden_states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """Each patch gathers the values of all patches, by PyTorch's fused kernel."""
         query_states = self._split_heads(self.q_proj(hidden_states))  # [B, H, N, Dh]
         key_states = self._split_heads(self.k_proj(hidden_states))  # [B, H, N, Dh]
         value_states = self._split_heads(self.v_proj(hidden_states))  # [B, H, N, Dh]
-        weights = None
-        if output_attentions:
-            scores = query_states @ key_states.transpose(2, 3)  # [B, H, N, N]
-            scores = scores * self.head_dim**-0.5
-            weights = scores.float().softmax(dim=-1).to(scores.dtype)
-            mixed = weights @ value_states  # [B, H, N, Dh]
-        else:
-            mixed = F.scaled_dot_product_attention(
-                query_states, key_states, value_states
-            )  # [B, H, N, Dh]
-        mixed = mixed.transpose(1, 2).flatten(2)  # [B, N, D]
-        return self.out_proj(mixed), weights
+        output = F.scaled_dot_product_attention(query_states, key_states, value_states)
+        return self.out_proj(output.transpose(1, 2).flatten(2))  # [B, N, D]
+
+    def attention_weights(
+        self, hidden_states: Float[Tensor, "B N D"]
+    ) -> Float[Tensor, "B H N N"]:
+        """The weights themselves, for figures: the fused kernel never stores them."""
+        query_states = self._split_heads(self.q_proj(hidden_states))  # [B, H, N, Dh]
+        key_states = self._split_heads(self.k_proj(hidden_states))  # [B, H, N, Dh]
+        scores = query_states @ key_states.transpose(2, 3)  # [B, H, N, N]
+        scores = scores * self.head_dim**-0.5
+        return scores.float().softmax(dim=-1).to(scores.dtype)
 
 
 class SiglipMLP(nn.Module):
@@ -83,16 +78,10 @@ class SiglipEncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SiglipMLP(config)
 
-    def forward(
-        self, hidden_states: Float[Tensor, "B N D"], output_attentions: bool = False
-    ) -> tuple[Float[Tensor, "B N D"], Float[Tensor, "B H N N"] | None]:
-        """The stream after this layer, and the attention weights when asked."""
-        mixed, weights = self.self_attn(
-            self.layer_norm1(hidden_states), output_attentions
-        )
-        hidden_states = hidden_states + mixed
-        hidden_states = hidden_states + self.mlp(self.layer_norm2(hidden_states))
-        return hidden_states, weights
+    def forward(self, hidden_states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """The residual stream after this layer."""
+        hidden_states = hidden_states + self.self_attn(self.layer_norm1(hidden_states))
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
 class SiglipEncoder(nn.Module):
@@ -100,20 +89,12 @@ class SiglipEncoder(nn.Module):
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
-        self.layers = nn.ModuleList(
-            SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)
-        )
+        layers = [SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = nn.Sequential(*layers)
 
-    def forward(
-        self, hidden_states: Float[Tensor, "B N D"], output_attentions: bool = False
-    ) -> tuple[Float[Tensor, "B N D"], list[Float[Tensor, "B H N N"]]]:
-        """The stream after the last layer; each layer's weights when asked, else []."""
-        attentions = []
-        for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, output_attentions)
-            if output_attentions:
-                attentions.append(weights)
-        return hidden_states, attentions
+    def forward(self, hidden_states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        """The residual stream after the last layer."""
+        return self.layers(hidden_states)
 
 
 class SiglipVisionTransformer(nn.Module):
@@ -127,13 +108,10 @@ class SiglipVisionTransformer(nn.Module):
             config.hidden_size, eps=config.layer_norm_eps
         )
 
-    def forward(
-        self, pixel_values: Float[Tensor, "B C S S"], output_attentions: bool = False
-    ) -> tuple[Float[Tensor, "B N D"], list[Float[Tensor, "B H N N"]]]:
-        """One feature vector a patch; each layer's weights when asked, else []."""
+    def forward(self, pixel_values: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
+        """One feature vector a patch."""
         hidden_states = self.embeddings(pixel_values)  # [B, N, D]
-        hidden_states, attentions = self.encoder(hidden_states, output_attentions)
-        return self.post_layernorm(hidden_states), attentions
+        return self.post_layernorm(self.encoder(hidden_states))
 
 
 class SiglipVisionModel(nn.Module):
@@ -152,11 +130,16 @@ class SiglipVisionModel(nn.Module):
 
         Raises ValueError where the pictures' shape is not the config's.
         """
-        return self.vision_model(pixel_values)[0]
+        return self.vision_model(pixel_values)
 
     @torch.no_grad()
     def attentions(
         self, pixel_values: Float[Tensor, "B C S S"]
     ) -> list[Float[Tensor, "B H N N"]]:
-        """Each layer's attention weights, the explicit way, without gradients."""
-        return self.vision_model(pixel_values, output_attentions=True)[1]
+        """Each layer's attention weights, without gradients."""
+        hidden_states, attentions = self.vision_model.embeddings(pixel_values), []
+        for layer in self.vision_model.encoder.layers:
+            normed = layer.layer_norm1(hidden_states)  # what the layer's attention sees
+            attentions.append(layer.self_attn.attention_weights(normed))
+            hidden_states = layer(hidden_states)
+        return attentions

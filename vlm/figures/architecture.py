@@ -30,11 +30,12 @@ BOXES = (
     Box(
         "patch_embeddings", 116, 44, 112, 50, VISION, "patch_embeddings", "cut, project"
     ),
-    Box("siglip", 252, 44, 112, 50, VISION, "siglip", "eyes"),
-    Box("projector", 388, 44, 112, 50, VISION, "projector", "bridge"),
-    Box("processing", 116, 156, 112, 50, TEXT, "processing", "pixels, token ids"),
-    Box("merging", 252, 156, 112, 50, TEXT, "merging", "seats, mask"),
-    Box("gemma", 388, 124, 214, 148, TEXT, "gemma", "voice"),
+    Box("siglip", 252, 44, 112, 50, VISION, "siglip", "vision encoder"),
+    Box("projector", 388, 44, 112, 50, VISION, "projector", "linear map"),
+    Box("images", 116, 112, 112, 42, VISION, "images", "file to pixels"),
+    Box("processing", 116, 164, 112, 42, TEXT, "processing", "token ids"),
+    Box("merging", 252, 156, 112, 50, TEXT, "merging", "one row, mask"),
+    Box("gemma", 388, 124, 214, 148, TEXT, "gemma", "decoder"),
     Box("rmsnorm", 400, 160, 92, 30, TEXT, "rmsnorm"),
     Box("rope", 498, 160, 92, 30, TEXT, "rope"),
     Box("attention", 400, 196, 92, 30, TEXT, "attention"),
@@ -60,12 +61,12 @@ MODULES = {box.module for box in BOXES} | FRAME
 
 # Lines from place to place: (points, colour)
 ARROWS = (
-    ("84,69 116,69", VISION),
+    ("84,133 116,133", VISION),
     ("228,69 252,69", VISION),
     ("364,69 388,69", VISION),
     ("444,94 444,110 308,110 308,156", VISION),
     ("84,181 116,181", TEXT),
-    ("172,156 172,94", VISION),
+    ("172,112 172,94", VISION),
     ("228,181 252,181", TEXT),
     ("364,181 388,181", TEXT),
     ("602,165 634,165", SUFFIX),
@@ -150,9 +151,9 @@ def architecture_map(lit: str) -> HTML:
     weight = 'font-weight="700"' if frame_lit else 'opacity="0.7"'
     labels = (
         _text(190, 34, name, 12, weight)
-        + _text(50, 73, "picture", 13)
+        + _text(50, 137, "picture", 13)
         + _text(50, 185, "prompt", 13)
-        + _text(568, 146, "voice", 10.5, 'opacity="0.8"')
+        + _text(568, 146, "decoder", 10.5, 'opacity="0.8"')
     )
     boxes = "".join(_draw_box(box, box.module == lit) for box in BOXES)
     label = f"Map of the model; this chapter builds {lit}."
