@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .gemma import check_ids
 from .kv_cache import KVCache, StaticKVCache
-from .merging import rows_per_picture
+from .merging import rows_per_image
 from .next_token import sample_next_token
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import IMAGE_TOKEN
@@ -289,7 +289,7 @@ def check_inputs(
         )
     num_features, why = 0, "there are no pixel_values"
     if pixel_values is not None:
-        rows_per_picture(len(pixel_values), len(input_ids))
+        rows_per_image(len(pixel_values), len(input_ids))
         num_features = model.config.vision_config.num_image_tokens
         why = f"the model takes {num_features}: make a processor with that number"
     counts = is_image.sum(dim=1).tolist()
