@@ -7,43 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = [
-    "can_read_values",
-    "merge_image_features",
-    "rows_per_image",
-    "repeat_image_features",
-]
-
-
-def can_read_values(tensor: Tensor) -> bool:
-    """Whether a check may read values: on the CPU, and where no graph is traced.
-
-    Elsewhere it would make a GPU wait, and `torch.compile` and `torch.export` fail.
-    """
-    return tensor.is_cpu and not torch.compiler.is_compiling()
-
-
-def merge_image_features(
-    inputs_embeds: Float[Tensor, "B T D"],
-    image_features: Float[Tensor, "B N D"],
-    image_mask: Bool[Tensor, "B T"],
-) -> Float[Tensor, "B T D"]:
-    """Put each row's N image features, in order, where its `image_mask` is True.
-
-    Raises ValueError where a row hasn't exactly N image tokens; where values can't be
-    read, all features become NaN instead.
-    """
-    counts = image_mask.sum(dim=1)  # [B]
-    wrong = (counts != image_features.shape[1]).any()
-    if can_read_values(wrong) and wrong:
-        raise ValueError(
-            f"{image_features.shape[1]} features each for {len(counts)} rows with "
-            f"{counts.tolist()} image tokens: make the inputs with a processor whose "
-            "num_image_tokens and <image> id are the model's"
-        )
-    features = image_features.masked_fill(wrong, float("nan")).to(inputs_embeds.dtype)
-    # masked_scatter takes features in the order in which it finds True: row by row.
-    return inputs_embeds.masked_scatter(image_mask[..., None], features)  # [B, T, D]
+__all__ = ["rows_per_image", "can_read_values", "merge_image_features"]
 
 
 def rows_per_image(images: int, num_rows: int) -> int:
@@ -62,3 +26,36 @@ def repeat_image_features(
     """Repeat each image's features for its rows; ValueError if they don't divide."""
     repeats = rows_per_image(image_features.shape[0], num_rows)
     return image_features.repeat_interleave(repeats, dim=0)  # [B, N, D]
+
+
+def can_read_values(tensor: Tensor) -> bool:
+    """Whether a check may read values: on the CPU, and where no graph is traced.
+
+    Elsewhere it would make a GPU wait, and `torch.compile` and `torch.export` fail.
+    """
+    return tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+def merge_image_features(
+    inputs_embeds: Float[Tensor, "B T D"],
+    image_features: Float[Tensor, "images N D"],
+    image_mask: Bool[Tensor, "B T"],
+) -> Float[Tensor, "B T D"]:
+    """Put each row's N image features, in order, where its `image_mask` is True.
+
+    Fewer images than rows serve consecutive rows: see `repeat_image_features`.
+    Raises ValueError where a row hasn't exactly N image tokens; where values can't be
+    read, all features become NaN instead.
+    """
+    features = repeat_image_features(image_features, image_mask.shape[0])  # [B, N, D]
+    counts = image_mask.sum(dim=1)  # [B]
+    wrong = (counts != features.shape[1]).any()
+    if can_read_values(wrong) and wrong:
+        raise ValueError(
+            f"{features.shape[1]} features each for {len(counts)} rows with "
+            f"{counts.tolist()} image tokens: make the inputs with a processor whose "
+            "num_image_tokens and <image> id are the model's"
+        )
+    features = features.masked_fill(wrong, float("nan")).to(inputs_embeds.dtype)
+    # masked_scatter takes features in the order in which it finds True: row by row.
+    return inputs_embeds.masked_scatter(image_mask[..., None], features)  # [B, T, D]

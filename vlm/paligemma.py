@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .config import PaliGemmaConfig
 from .gemma import build_language_model, check_ids
 from .kv_cache import KVCache, StaticKVCache
-from .merging import can_read_values, merge_image_features, repeat_image_features
+from .merging import can_read_values, merge_image_features
 from .projector import PaliGemmaMultiModalProjector
 from .siglip import SiglipVisionModel
 
@@ -21,18 +21,19 @@ __all__ = ["PaliGemmaForConditionalGeneration"]
 
 
 def next_token_loss(
-    logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]
+    logits: Float[Tensor, "B n V"], labels: Int[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of each next token, in float32; labels of -100 don't count.
 
-    It is nan where no label counts.
-    Raises ValueError for a single position: it has no next token.
+    `logits` may be those of the last n tokens alone. The loss is nan where no label
+    counts. Raises ValueError for a single position: it has no next token.
     """
-    if labels.shape[1] < 2:
+    if logits.shape[1] < 2:
         raise ValueError(
             "one position has no next token to learn: keep at least 2 logits, or all"
         )
-    logits = logits[:, :-1].flatten(0, 1).float()  # [B * (T-1), V]
+    labels = labels[:, -logits.shape[1] :]  # [B, n]
+    logits = logits[:, :-1].flatten(0, 1).float()  # [B * (n-1), V]
     targets = labels[:, 1:].flatten()  # position t predicts the token at t + 1
     return F.cross_entropy(logits, targets, ignore_index=-100)
 
@@ -74,7 +75,6 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         token_ids = input_ids.masked_fill(image_mask, self.config.pad_token_id)
         inputs_embeds = self.language_model.model.embed(token_ids)  # [B, T, D]
         if features is not None:
-            features = repeat_image_features(features, input_ids.shape[0])
             return merge_image_features(inputs_embeds, features, image_mask)
         if can_read_values(image_mask) and image_mask.any():
             raise ValueError("image tokens need pixel_values and an empty cache")
@@ -95,11 +95,9 @@ class PaliGemmaForConditionalGeneration(nn.Module):
     ) -> dict[str, Any]:
         """One pass: prefill, training, or a decode step with a filled cache.
 
-        - `pixel_values` in [-1, 1]; an image a row, or fewer, each for as many
-          consecutive rows. With a filled cache they aren't encoded again.
-        - `attention_mask` [B, M] of 1 and 0, M cached and new tokens; or a bool mask
-          [B, 1, T, M]. `token_type_ids` [B, M]: 0 image and prompt, 1 answer; without
-          them, all is prompt, but what follows a filled cache is answer.
+        - `pixel_values` in [-1, 1]: one a row, or each for as many consecutive rows.
+        - `attention_mask` [B, M] of 1 and 0, M cached and new; or bool [B, 1, T, M].
+        - `token_type_ids` [B, M]: 0 prefix, 1 answer; None: 0, with a filled cache 1.
         - `labels`: ids to learn, or -100. `logits_to_keep`: the last n tokens', 0 all.
 
         Returns `logits` [B, T, V], `kv_cache`, `loss` given labels; if asked, each
@@ -107,16 +105,13 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         ValueError where shapes or image tokens disagree (not on a GPU: logits are NaN).
         """
         if labels is not None and token_type_ids is None:
-            raise ValueError(
-                "labels need token_type_ids, or answers attend to their future"
-            )
+            raise ValueError("labels need token_type_ids: else the answer is prefix")
         check_ids("input_ids", input_ids)
-        is_prefill = kv_cache is None or kv_cache.num_items() == 0
-        if token_type_ids is None and is_prefill:
-            token_type_ids = torch.zeros_like(input_ids)  # all prompt; later: causal
-        features = None
-        if pixel_values is not None and is_prefill:
-            features = self.encode_images(pixel_values)  # [images, N, D]
+        if kv_cache is not None and kv_cache.num_items():
+            pixel_values = None  # in the cache already, and what comes now is answer
+        elif token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)  # a prefill is all prefix
+        features = None if pixel_values is None else self.encode_images(pixel_values)
         outputs = self.language_model(
             inputs_embeds=self.embed_inputs(input_ids, features),
             attention_mask=attention_mask,
@@ -130,6 +125,5 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             outputs["image_hidden_states"] = features
         if labels is not None:
             check_ids("labels", labels, input_ids.shape)
-            labels = labels[:, -logits_to_keep:]  # -0 keeps all of them
             outputs["loss"] = next_token_loss(outputs["logits"], labels)
         return outputs

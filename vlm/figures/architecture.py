@@ -30,16 +30,17 @@ BOXES = (
     Box(
         "patch_embeddings", 116, 44, 112, 50, VISION, "patch_embeddings", "cut, project"
     ),
-    Box("siglip", 252, 44, 112, 50, VISION, "siglip", "eyes"),
-    Box("projector", 388, 44, 112, 50, VISION, "projector", "bridge"),
+    Box("siglip", 252, 44, 112, 50, VISION, "siglip", "vision tower"),
+    Box("projector", 388, 44, 112, 50, VISION, "projector", "linear"),
     Box("processing", 116, 156, 112, 50, TEXT, "processing", "pixels, token ids"),
-    Box("merging", 252, 156, 112, 50, TEXT, "merging", "seats, mask"),
-    Box("gemma", 388, 124, 214, 148, TEXT, "gemma", "voice"),
+    Box("merging", 252, 156, 112, 50, TEXT, "merging", "image tokens"),
+    Box("gemma", 388, 124, 214, 148, TEXT, "gemma", "decoder"),
     Box("rmsnorm", 400, 160, 92, 30, TEXT, "rmsnorm"),
     Box("rope", 498, 160, 92, 30, TEXT, "rope"),
     Box("attention", 400, 196, 92, 30, TEXT, "attention"),
     Box("kv_cache", 498, 196, 92, 30, TEXT, "kv_cache"),
-    Box("gemma2", 400, 232, 190, 30, TEXT, "gemma2"),
+    Box("masks", 400, 232, 92, 30, TEXT, "masks"),
+    Box("gemma2", 498, 232, 92, 30, TEXT, "gemma2"),
     Box("sampling", 634, 140, 92, 50, SUFFIX, "sampling", "next token"),
     Box("captioning", 746, 44, 94, 34, SUFFIX, "captioning"),
     Box("detection", 746, 112, 94, 34, SUFFIX, "detection"),
@@ -151,7 +152,7 @@ def architecture_map(lit: str) -> HTML:
         _text(190, 34, name, 12, weight)
         + _text(50, 73, "picture", 13)
         + _text(50, 185, "prompt", 13)
-        + _text(568, 146, "voice", 10.5, 'opacity="0.8"')
+        + _text(568, 146, "decoder", 10.5, 'opacity="0.8"')
     )
     boxes = "".join(_draw_box(box, box.module == lit) for box in BOXES)
     label = f"Map of the model; this chapter builds {lit}."
