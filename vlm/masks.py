@@ -35,10 +35,8 @@ def make_attn_mask(
     block = token_type_ids.cumsum(dim=1)  # [B, M]
     mask = block[:, None, :] <= block[:, -num_new:, None]  # [B, T, M]
     if segment_ids is not None:
-        key = segment_ids[:, None, :]  # [B, 1, M]
-        own = segment_ids[:, -num_new:, None].clamp(
-            min=1
-        )  # [B, T, 1]: the image's is 1
+        key, query = segment_ids[:, None, :], segment_ids[:, -num_new:, None]
+        own = query.clamp(min=1)  # [B, T, 1]; image tokens go with question 1
         mask = mask & ((key == 0) | (key == own))  # [B, T, M]
     mask = mask & real[:, None, :]  # no token attends to padding,
     mask = mask | ~real[:, -num_new:, None]  # and padding attends to all
