@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers import GemmaConfig as ReferenceConfig
 from transformers.models.gemma.modeling_gemma import GemmaAttention as Reference
 
-from vlm.attention import GemmaAttention, explicit_attention, repeat_kv
+from vlm.attention import GemmaAttention, eager_attention, repeat_kv
 from vlm.config import GemmaConfig
 from vlm.rope import GemmaRotaryEmbedding
 
@@ -127,7 +127,7 @@ def test_explicit_formula_matches_sdpa(heads, kv_heads, num_new, length):
     query_states = torch.randn(2, heads, num_new, 8)
     key_states, value_states = torch.randn(2, 2, kv_heads, length, 8)
     mask = causal_mask(2, length)[:, :, -num_new:]
-    mixed, weights = explicit_attention(
+    mixed, weights = eager_attention(
         query_states, key_states, value_states, mask, scaling=0.3
     )
     expected = F.scaled_dot_product_attention(
@@ -147,8 +147,8 @@ def test_scores_are_changed_after_scaling_and_before_the_mask():
         seen.append(scores)
         return scores / 2
 
-    mixed, weights = explicit_attention(*states, mask, 0.6, score_mod=half)
-    expected = explicit_attention(*states, mask, 0.3)
+    mixed, weights = eager_attention(*states, mask, 0.6, score_mod=half)
+    expected = eager_attention(*states, mask, 0.3)
     torch.testing.assert_close((mixed, weights), expected, atol=1e-6, rtol=0)
     (scores,) = seen
     torch.testing.assert_close(scores, states[0] @ states[1].mT * 0.6)
@@ -253,3 +253,13 @@ def test_a_mask_that_is_not_boolean_is_refused(dtype):
     message = re.escape(f"attention_mask is {dtype}, expected torch.bool: True where a")
     with pytest.raises(ValueError, match=message):
         unchecked(layer, states, *angles(8, 1, 3), mask)
+
+
+@pytest.mark.parametrize("output_attentions", [False, True])
+def test_without_a_mask_every_token_attends_to_every_token(output_attentions):
+    layer, states = attention((48, 6, 2, 20)), torch.randn(2, 7, 48)
+    everything = torch.ones(2, 1, 7, 7, dtype=torch.bool)
+    expected, _ = layer(states, *angles(20, 2, 7), everything)
+    options = dict(output_attentions=output_attentions)
+    output, _ = layer(states, *angles(20, 2, 7), None, **options)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)

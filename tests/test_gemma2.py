@@ -21,11 +21,12 @@ from torch.nn import functional as F
 from transformers.models.gemma2 import modeling_gemma2 as reference
 
 from vlm.config import Gemma2Config, GemmaConfig, PaliGemmaConfig
-from vlm.gemma import GemmaForCausalLM, build_language_model, causal_mask
-from vlm.gemma2 import Gemma2ForCausalLM, sliding_window_mask, soft_cap
+from vlm.gemma import GemmaForCausalLM, build_language_model
+from vlm.gemma2 import Gemma2ForCausalLM, soft_cap
 from vlm.inference import main
 from vlm.kv_cache import KVCache, StaticKVCache
-from vlm.paligemma import PaliGemmaForConditionalGeneration, place_tokens
+from vlm.masks import make_attn_mask, sliding_window_mask
+from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
 from vlm.sampling import generate, generate_tokens
 from vlm.weights import load_hf_model, save_hf_model
@@ -263,9 +264,7 @@ def test_what_is_forbidden_stays_forbidden():
     ours, _ = pair(gemma2_config())
     inputs = random_inputs(ours.config, (5,), (4,))
     weights = ours(**inputs, output_attentions=True)["attentions"][1]
-    mask, _ = place_tokens(
-        inputs["input_ids"], 0, inputs["attention_mask"], inputs["token_type_ids"]
-    )
+    mask = make_attn_mask(inputs["attention_mask"], inputs["token_type_ids"])
     assert (weights[~mask.expand_as(weights)] == 0).all()
 
 
@@ -290,14 +289,12 @@ def by_the_rule(mask, window, past):
 @both_sides
 def test_window_is_counted_in_what_can_be_seen(window, padding):
     inputs = random_inputs(gemma2_config(), (5, 1, 3), (2, 7, 3), padding)
-    ids, real, types = (
-        inputs[name] for name in ("input_ids", "attention_mask", "token_type_ids")
-    )
-    length = ids.shape[1]
+    real, types = inputs["attention_mask"], inputs["token_type_ids"]
+    length = real.shape[1]
     for past in (0, length - 3, length - 1):
-        mask, _ = place_tokens(ids[:, past:], past, real, types)
-        if past:  # behind a cache everything is answer
-            mask = causal_mask(real, length - past)
+        mask = make_attn_mask(real, types, length - past)
+        if past:  # after a cache everything is answer
+            mask = make_attn_mask(real, torch.ones_like(real), length - past)
         expected = by_the_rule(mask, window, past)
         assert sliding_window_mask(mask, window, past).equal(expected)
         # The empty places of a static cache change nothing.
@@ -307,9 +304,8 @@ def test_window_is_counted_in_what_can_be_seen(window, padding):
 
 
 def test_image_and_prompt_see_each_other_at_any_distance():
-    ids = torch.ones(1, 12, dtype=torch.long)
     types = torch.tensor([[0] * 8 + [1] * 4])
-    mask, _ = place_tokens(ids, token_type_ids=types)
+    mask = make_attn_mask(torch.ones_like(types), types)
     windowed = sliding_window_mask(mask, 3)[0, 0]
     assert windowed[:8, :8].all() and not windowed[:8, 8:].any()
     assert windowed[8:].sum(dim=-1).tolist() == [3] * 4

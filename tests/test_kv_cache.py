@@ -201,33 +201,3 @@ def test_refuses_another_batch(make, shape):
     with pytest.raises(ValueError, match="serves one batch of one model") as error:
         kv_cache.update(other, other, layer_idx=0)
     assert str(batch_heads_width) in str(error.value) and str(shape) in str(error.value)
-
-
-def test_refuses_a_skipped_layer():
-    state = random_states(1, 1, 2, 6)
-    with pytest.raises(ValueError, match="layer 1 came in before layer 0"):
-        KVCache().update(state, state, layer_idx=1)
-
-
-@pytest.mark.parametrize(
-    "make", [KVCache, lambda: StaticKVCache(tiny_config(), 1, max_length=4)]
-)
-@pytest.mark.parametrize("layer_idx", [-1, NUM_LAYERS])
-def test_refuses_a_layer_that_is_not_there(make, layer_idx):
-    """Layer -1 would be the last one, in silence."""
-    kv_cache, state = make(), random_states(1, 1, 1, 6)
-    kv_cache.update(state, state, layer_idx=0)
-    with pytest.raises(ValueError, match=f"layer {layer_idx} "):
-        kv_cache.update(state, state, layer_idx)
-
-
-@pytest.mark.parametrize("chunk", [0, -4])
-def test_refuses_a_chunk_of_nothing(chunk):
-    with pytest.raises(ValueError, match=f"chunk={chunk} must be at least 1 token"):
-        KVCache(chunk)
-
-
-@pytest.mark.parametrize("max_length", [0, -1])
-def test_refuses_a_static_cache_of_nothing(max_length):
-    with pytest.raises(ValueError, match=f"max_length={max_length} must be at least 1"):
-        StaticKVCache(tiny_config(), 1, max_length)

@@ -36,12 +36,14 @@ def test_packed_mask_rules():
     for q in range(9):
         for k in range(9):
             who, whom = segments[0, q].item(), segments[0, k].item()
-            if who == whom == 0 or (whom == 0 and who > 0):
+            if who == -1:
+                wanted = True  # padding: so that its softmax is defined
+            elif who == whom == 0 or (whom == 0 and who > 0):
                 wanted = True  # everyone attends to the image
             elif who == 0:
                 wanted = whom == 1 and types[0, k] == 0  # it does to the first prompt
             elif who == whom:
-                wanted = k <= q or types[0, k] == 0 or who == -1
+                wanted = k <= q or types[0, k] == 0
             else:
                 wanted = False
             assert mask[q, k].item() == bool(wanted), (q, k)

@@ -18,11 +18,8 @@ import vlm.merging
 import vlm.paligemma
 from vlm.config import PaliGemmaConfig
 from vlm.kv_cache import KVCache, StaticKVCache
-from vlm.paligemma import (
-    PaliGemmaForConditionalGeneration,
-    next_token_loss,
-    place_tokens,
-)
+from vlm.masks import make_attn_mask, positions_from_mask
+from vlm.paligemma import PaliGemmaForConditionalGeneration, next_token_loss
 from vlm.processing import PaliGemmaProcessor
 
 CONFIGS = {
@@ -51,7 +48,7 @@ def without(inputs, *names):
     return {name: tensor for name, tensor in inputs.items() if name not in names}
 
 
-def count_looks(model):
+def count_encodings(model):
     looks = []
     model.vision_tower.register_forward_hook(lambda *call: looks.append(1))
     return looks
@@ -215,7 +212,7 @@ def test_at_once_and_token_by_token(model, make_cache):
 
 
 @torch.no_grad()
-def test_several_tokens_behind_a_filled_cache_are_causal(model):
+def test_several_tokens_after_a_filled_cache_are_causal(model):
     inputs = random_inputs(model.config, (5,), (4,))
     cache = KVCache()
     prefix = inputs["input_ids"][:, :-4]
@@ -225,7 +222,7 @@ def test_several_tokens_behind_a_filled_cache_are_causal(model):
 
 
 @torch.no_grad()
-def test_the_answer_does_not_see_its_future(model):
+def test_the_answer_does_not_attend_to_its_future(model):
     inputs = random_inputs(model.config, (5,), (4,))
     before = model(**inputs)["logits"]
     inputs["input_ids"][:, -2] = 4 + (inputs["input_ids"][:, -2] - 3) % 100
@@ -235,9 +232,9 @@ def test_the_answer_does_not_see_its_future(model):
 
 
 @torch.no_grad()
-def test_the_eyes_look_once():
+def test_the_vision_tower_runs_once():
     model, _ = pair()
-    looks = count_looks(model)
+    looks = count_encodings(model)
     inputs = without(random_inputs(model.config, (5, 3)), "token_type_ids")
     pixel_values, mask = inputs["pixel_values"], inputs["attention_mask"]
     cache = KVCache()
@@ -294,28 +291,20 @@ def test_several_questions_about_one_picture(model):
 
 
 @torch.no_grad()
-def test_a_mask_that_says_outright_who_sees_whom(model):
+def test_a_mask_of_pairs_is_taken_as_it_is(model):
     inputs = random_inputs(model.config, (5, 1), (2, 3), "right")
-    mask, places = place_tokens(
-        inputs["input_ids"], 0, inputs["attention_mask"], inputs["token_type_ids"]
+    real, types = inputs["attention_mask"], inputs["token_type_ids"]
+    mask, positions = (
+        make_attn_mask(real, types),
+        positions_from_mask(real, len(real[0])),
     )
     outright = model(
         inputs["input_ids"],
         inputs["pixel_values"],
         attention_mask=mask,
-        position_ids=places,
+        position_ids=positions,
     )
     assert torch.equal(outright["logits"], model(**without(inputs, "labels"))["logits"])
-
-
-@pytest.mark.parametrize("past", [0, 3])
-def test_places_count_real_tokens_and_new_ones_are_answer_behind_a_cache(past):
-    real = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-    mask, places = place_tokens(torch.ones(2, 5 - past).long(), past, real)
-    expected = torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
-    assert torch.equal(places, expected[:, past:])
-    first_new = mask[1, 0, 0].tolist()
-    assert first_new == ([True] * 5 if past == 0 else [True] * 4 + [False])
 
 
 @torch.no_grad()
@@ -373,7 +362,7 @@ def test_the_loop_that_every_program_runs(tokenizer):
     image_id = tokenizer.convert_tokens_to_ids("<image>")
     config = tiny_config(text=dict(vocab_size=1600), image_token_index=image_id)
     model, _ = pair(config)
-    looks = count_looks(model)
+    looks = count_encodings(model)
     processor = PaliGemmaProcessor(
         tokenizer=tokenizer,
         num_image_tokens=model.config.vision_config.num_image_tokens,
@@ -495,7 +484,7 @@ def test_the_model_can_be_exported(kind, batch, no_type_checks):
 
 
 @torch.no_grad()
-def test_a_graph_says_nan_for_a_picture_without_its_seats(model, no_type_checks):
+def test_a_graph_says_nan_for_a_picture_without_its_image_tokens(model, no_type_checks):
     """It can't raise an error, and must not answer about half a picture."""
     inputs = random_inputs(model.config, (5, 3))
     arguments = (inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"])
@@ -524,7 +513,7 @@ class ReadsNothing(TorchDispatchMode):
 def test_no_pass_waits_for_a_gpu(model, cache, monkeypatch):
     """As on a GPU, where checks of values are left out."""
     for module in (vlm.merging, vlm.paligemma):
-        monkeypatch.setattr(module, "may_read", lambda tensor: False)
+        monkeypatch.setattr(module, "can_read_values", lambda tensor: False)
     train = random_inputs(model.config, (5, 1), (2, 3), "right")
     inputs = random_inputs(model.config, (5, 1))
     kv_cache = KVCache()
@@ -575,13 +564,13 @@ def test_image_tokens_without_a_picture_are_an_error(model):
 
 @torch.no_grad()
 def test_where_values_cannot_be_read_they_become_nan(model, monkeypatch):
-    monkeypatch.setattr(vlm.paligemma, "may_read", lambda tensor: False)
+    monkeypatch.setattr(vlm.paligemma, "can_read_values", lambda tensor: False)
     inputs = random_inputs(model.config)
     assert model(inputs["input_ids"])["logits"].isnan().all()
     assert model(inputs["input_ids"][:, 4:])["logits"].isfinite().all()
 
 
-def test_a_picture_without_its_seats_is_an_error(model):
+def test_a_picture_without_its_image_tokens_is_an_error(model):
     inputs = random_inputs(model.config)
     with pytest.raises(ValueError, match=r"rows with \[3\] image tokens"):
         model(inputs["input_ids"][:, 1:], inputs["pixel_values"])

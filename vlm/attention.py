@@ -1,4 +1,4 @@
-"""Let many query heads share a few key/value heads, and remember far less.
+"""Grouped-query attention: fewer key/value heads than query heads; eager or fused.
 
 Built in notebooks/06_attention.ipynb: edit it there, then run `make export`.
 """
@@ -17,31 +17,28 @@ from .rope import apply_rotary_pos_emb
 if TYPE_CHECKING:
     from .kv_cache import KVCache, StaticKVCache
 
-__all__ = ["explicit_attention", "GemmaAttention"]
+__all__ = ["GemmaAttention"]
 
 
 def repeat_kv(
     states: Float[Tensor, "B K M Dh"], group_size: int
 ) -> Float[Tensor, "B H M Dh"]:
-    """Write out each key/value head `group_size` times in a row: H = K · group_size.
-
-    Query heads 0 … group_size - 1 then face copies of head 0, the next ones of head 1.
-    """
+    """Repeat each key/value head `group_size` times in a row: H = K · group_size."""
     return states.repeat_interleave(group_size, dim=1)
 
 
-def explicit_attention(
+def eager_attention(
     query_states: Float[Tensor, "B H T Dh"],
     key_states: Float[Tensor, "B K M Dh"],
     value_states: Float[Tensor, "B K M Dh"],
-    attention_mask: Bool[Tensor, "B 1 T M"],
+    attention_mask: Bool[Tensor, "B 1 T M"] | None,
     scaling: float,
     score_mod: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Float[Tensor, "B H T Dh"], Float[Tensor, "B H T M"]]:
-    """The formula written out, step by step: mixed values, and the attention weights.
+    """The formula, step by step → attention output and attention weights.
 
-    For checks, figures, and models with a `score_mod`: a function that changes scaled
-    scores before they are masked. A row of the mask that is False throughout gives NaN.
+    `score_mod` changes scaled scores before they are masked. Without a mask, every
+    query attends to every key; a row of the mask that is all False gives NaN.
     """
     group_size = query_states.shape[1] // key_states.shape[1]
     key_states = repeat_kv(key_states, group_size)  # [B, H, M, Dh]
@@ -49,7 +46,8 @@ def explicit_attention(
     scores = query_states @ key_states.transpose(2, 3) * scaling  # [B, H, T, M]
     if score_mod is not None:
         scores = score_mod(scores)  # [B, H, T, M]
-    scores = scores.masked_fill(~attention_mask, float("-inf"))
+    if attention_mask is not None:
+        scores = scores.masked_fill(~attention_mask, float("-inf"))
     weights = scores.float().softmax(dim=-1).to(query_states.dtype)  # [B, H, T, M]
     return weights @ value_states, weights  # [B, H, T, Dh], [B, H, T, M]
 
@@ -60,6 +58,8 @@ class GemmaAttention(nn.Module):
     The head width is the config's `head_dim`, which need not be D / H.
     Source: Shazeer 2019 (multi-query), Ainslie et al. 2023 (grouped-query).
     """
+
+    score_mod: Callable[[Tensor], Tensor] | None = None  # Gemma 2 has one
 
     def __init__(self, config: GemmaConfig, layer_idx: int):
         super().__init__()
@@ -84,43 +84,40 @@ class GemmaAttention(nn.Module):
         query_states: Float[Tensor, "B H T Dh"],
         key_states: Float[Tensor, "B K M Dh"],
         value_states: Float[Tensor, "B K M Dh"],
-        attention_mask: Bool[Tensor, "B 1 T M"],
+        attention_mask: Bool[Tensor, "B 1 T M"] | None,
         output_attentions: bool,
     ) -> tuple[Float[Tensor, "B H T Dh"], Float[Tensor, "B H T M"] | None]:
-        """Mixed values, by the fused kernel; step by step where weights are asked."""
-        if output_attentions:
-            return explicit_attention(
-                query_states, key_states, value_states, attention_mask, self.scaling
+        """Fused, unless the weights are asked for or there is a `score_mod`."""
+        states = query_states, key_states, value_states
+        if output_attentions or self.score_mod is not None:
+            attn_output, weights = eager_attention(
+                *states, attention_mask, self.scaling, self.score_mod
             )
-        mixed = F.scaled_dot_product_attention(
-            query_states,
-            key_states,
-            value_states,
-            attn_mask=attention_mask,
-            scale=self.scaling,
-            enable_gqa=query_states.shape[1] != key_states.shape[1],
-        )  # [B, H, T, Dh]
-        return mixed, None
+            return attn_output, weights if output_attentions else None
+        enable_gqa = query_states.shape[1] != key_states.shape[1]
+        attn_output = F.scaled_dot_product_attention(
+            *states, attention_mask, scale=self.scaling, enable_gqa=enable_gqa
+        )
+        return attn_output, None
 
     def forward(
         self,
         hidden_states: Float[Tensor, "B T D"],
         cos: Float[Tensor, "B T Dh"],
         sin: Float[Tensor, "B T Dh"],
-        attention_mask: Bool[Tensor, "B 1 T M"],
+        attention_mask: Bool[Tensor, "B 1 T M"] | None,
         kv_cache: "KVCache | StaticKVCache | None" = None,
         output_attentions: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T M"] | None]:
-        """Mix the T new tokens with all M (cached and new) where the mask is True.
+        """T new tokens attend to M cached and new ones where the mask is True.
 
-        Returns the result and None, or with `output_attentions`, which takes the
-        explicit path, the weights. Raises ValueError for a mask that isn't boolean.
+        Without a mask, to all. Returns the output and, with `output_attentions`, the
+        weights, else None. Raises ValueError for a mask that isn't boolean.
         """
-        if attention_mask.dtype != torch.bool:
+        if attention_mask is not None and attention_mask.dtype != torch.bool:
             raise ValueError(
                 f"attention_mask is {attention_mask.dtype}, expected torch.bool: True "
-                "where a token may look (write mask.bool(), or mask == 0 for one of "
-                "zeros and minus infinities)"
+                "where a token attends (for zeros and minus infinities: mask == 0)"
             )
         query_states = self._split_heads(self.q_proj(hidden_states))  # [B, H, T, Dh]
         key_states = self._split_heads(self.k_proj(hidden_states))  # [B, K, T, Dh]
@@ -132,8 +129,8 @@ class GemmaAttention(nn.Module):
             key_states, value_states = kv_cache.update(
                 key_states, value_states, self.layer_idx
             )  # [B, K, M, Dh] each
-        mixed, weights = self.attend(
+        attn_output, weights = self.attend(
             query_states, key_states, value_states, attention_mask, output_attentions
         )  # [B, H, T, Dh], [B, H, T, M]
-        mixed = mixed.transpose(1, 2).flatten(2)  # [B, T, H * Dh]
-        return self.o_proj(mixed), weights
+        attn_output = attn_output.transpose(1, 2).flatten(2)  # [B, T, H * Dh]
+        return self.o_proj(attn_output), weights

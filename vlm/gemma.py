@@ -1,5 +1,4 @@
-"""Look tokens up, repeat one block of attention and MLP, score the whole vocabulary: a
-language model.
+"""Gemma, the decoder: embedding table, blocks of attention and gated MLP, tied head.
 
 Built in notebooks/09_gemma.ipynb: edit it there, then run `make export`.
 """
@@ -15,12 +14,12 @@ from torch.nn import functional as F
 from .attention import GemmaAttention
 from .config import GemmaConfig
 from .kv_cache import KVCache, StaticKVCache
+from .masks import mask_and_positions
 from .rmsnorm import GemmaRMSNorm
 from .rope import GemmaRotaryEmbedding
 
 __all__ = [
-    "GemmaMLP", "GemmaModel", "positions_from_mask", "check_ids", "GemmaForCausalLM",
-    "build_language_model",
+    "GemmaMLP", "GemmaModel", "check_ids", "GemmaForCausalLM", "build_language_model",
 ]  # fmt: skip
 
 
@@ -38,7 +37,7 @@ class GemmaMLP(nn.Module):
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
-        """Widen twice, multiply, narrow."""
+        """Up-project twice, activate the gate and multiply, down-project."""
         gate = self.gate_proj(hidden_states)  # [B, T, F]
         gate = F.gelu(gate, approximate="tanh")
         return self.down_proj(gate * self.up_proj(hidden_states))  # [B, T, D]
@@ -64,27 +63,23 @@ class GemmaDecoderLayer(nn.Module):
         hidden_states: Float[Tensor, "B T D"],
         cos: Float[Tensor, "B T Dh"],
         sin: Float[Tensor, "B T Dh"],
-        attention_mask: Bool[Tensor, "B 1 T M"],
+        attention_mask: Bool[Tensor, "B 1 T M"] | None,
         kv_cache: KVCache | StaticKVCache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T M"] | None]:
-        """The stream after this block; the attention weights when asked, else None."""
-        mixed, weights = self.self_attn(
-            self.input_layernorm(hidden_states),
-            cos,
-            sin,
-            attention_mask,
-            kv_cache,
-            output_attentions,
+        """Hidden states after this block; attention weights when asked, else None."""
+        normalized = self.input_layernorm(hidden_states)  # [B, T, D]
+        attn_output, weights = self.self_attn(
+            normalized, cos, sin, attention_mask, kv_cache, output_attentions
         )
-        hidden_states = hidden_states + mixed  # [B, T, D]
+        hidden_states = hidden_states + attn_output  # [B, T, D]
         normalized = self.post_attention_layernorm(hidden_states)
         hidden_states = hidden_states + self.mlp(normalized)  # [B, T, D]
         return hidden_states, weights
 
 
 class GemmaModel(nn.Module):
-    """The table, the blocks, the final norm."""
+    """The embedding table, the blocks, the final norm."""
 
     layer_class: type[nn.Module] = GemmaDecoderLayer
 
@@ -103,7 +98,6 @@ class GemmaModel(nn.Module):
 
     def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
         """Look tokens up and multiply by √D, rounded to the embedding's dtype first."""
-        check_ids("input_ids", input_ids)
         embeds = self.embed_tokens(input_ids)  # [B, T, D]
         return embeds * torch.tensor(self.config.hidden_size**0.5, dtype=embeds.dtype)
 
@@ -136,40 +130,6 @@ class GemmaModel(nn.Module):
         return self.norm(hidden_states), attentions
 
 
-def causal_mask(
-    attention_mask: Int[Tensor, "B M"], num_new: int
-) -> Bool[Tensor, "B 1 T M"]:
-    """Whom the last `num_new` of M tokens see: real tokens, none later than they are.
-
-    A padding token has nothing to see; it sees everything, so that its softmax is
-    defined. Nobody reads what it computes.
-    """
-    valid = attention_mask.bool()  # [B, M]
-    place = torch.arange(valid.shape[1], device=valid.device)  # [M]
-    earlier = place[None, :] <= place[-num_new:, None]  # [T, M]
-    mask = earlier[None] & valid[:, None, :]  # [B, T, M]
-    mask = mask | ~valid[:, -num_new:, None]  # padding rows
-    return mask[:, None]  # [B, 1, T, M]
-
-
-def positions_from_mask(
-    attention_mask: Int[Tensor, "B M"], num_new: int
-) -> Int[Tensor, "B T"]:
-    """Positions of the last `num_new` tokens: real tokens count from 0."""
-    position_ids = attention_mask.long().cumsum(dim=-1) - 1  # [B, M]
-    return position_ids.clamp(min=0)[:, -num_new:]  # [B, T]
-
-
-def pad_to_keys(
-    mask: Bool[Tensor, "B 1 T M"], kv_cache: KVCache | StaticKVCache | None
-) -> Bool[Tensor, "B 1 T keys"]:
-    """Extend a mask with False over the places of a static cache that aren't filled."""
-    if kv_cache is None:
-        return mask
-    empty = kv_cache.key_length(mask.shape[2]) - mask.shape[3]
-    return F.pad(mask, (0, empty)) if empty else mask
-
-
 def check_ids(name: str, ids: Any, shape: Sequence[int] | None = None) -> None:
     """Raise ValueError unless `ids` are whole numbers [B, T], or of another `shape`."""
     is_tensor = isinstance(ids, Tensor)
@@ -180,47 +140,10 @@ def check_ids(name: str, ids: Any, shape: Sequence[int] | None = None) -> None:
         raise ValueError(f"{name} must be int64 {expected}, not {got}")
 
 
-def _mask_and_positions(
-    attention_mask: Tensor | None,
-    position_ids: Int[Tensor, "B T"] | None,
-    inputs_embeds: Float[Tensor, "B T D"],
-    past: int,
-) -> tuple[Bool[Tensor, "B 1 T M"], Int[Tensor, "B T"]]:
-    """Check what the caller gave and fill in what was left out."""
-    batch, num_new = inputs_embeds.shape[:2]
-    length = past + num_new
-    if position_ids is not None:
-        check_ids("position_ids", position_ids, (batch, num_new))
-    if attention_mask is None:
-        attention_mask = torch.ones(
-            batch, length, dtype=torch.long, device=inputs_embeds.device
-        )
-    is_table = attention_mask.ndim == 2  # [B, M]; else it says who sees whom
-    expected = (batch, length) if is_table else (batch, 1, num_new, length)
-    if tuple(attention_mask.shape) != expected:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, expected "
-            f"{expected}: {past} tokens are in the cache and {num_new} are new"
-        )
-    if is_table:
-        attention_mask = attention_mask.long()
-        if position_ids is None:
-            position_ids = positions_from_mask(attention_mask, num_new)
-        return causal_mask(attention_mask, num_new), position_ids
-    if attention_mask.dtype != torch.bool:
-        raise ValueError(
-            "a 4-dimensional attention_mask must be bool, True where a token may "
-            f"look, but this one is {attention_mask.dtype}"
-        )
-    if position_ids is None:
-        raise ValueError("a 4-dimensional attention_mask needs position_ids")
-    return attention_mask, position_ids
-
-
 class GemmaForCausalLM(nn.Module):
     """The decoder and its output head, which is the embedding table again.
 
-    On its own it is causal. Source: Gemma Team 2024; tied weights, Press & Wolf 2017.
+    Source: Gemma Team 2024; tied weights, Press & Wolf 2017.
     """
 
     model_class: type[GemmaModel] = GemmaModel
@@ -229,7 +152,7 @@ class GemmaForCausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = self.model_class(config)
-        # A shell without memory: the table takes its place at once.
+        # On the meta device, without memory: the table takes its place at once.
         self.lm_head = nn.Linear(
             config.hidden_size, config.vocab_size, bias=False, device="meta"
         )
@@ -239,7 +162,9 @@ class GemmaForCausalLM(nn.Module):
         """Make the output head and the embedding one matrix."""
         self.lm_head.weight = self.model.embed_tokens.weight
 
-    def score(self, hidden_states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+    def compute_logits(
+        self, hidden_states: Float[Tensor, "B T D"]
+    ) -> Float[Tensor, "B T V"]:
         """Final states → logits."""
         return self.lm_head(hidden_states)  # [B, T, V]
 
@@ -252,11 +177,13 @@ class GemmaForCausalLM(nn.Module):
         position_ids: Int[Tensor, "B T"] | None = None,
         logits_to_keep: int = 0,
         output_attentions: bool = False,
+        token_type_ids: Tensor | None = None,
     ) -> dict[str, Any]:
         """Token ids or scaled embeddings → `logits` [B, T, V] and the `kv_cache`.
 
-        - `attention_mask`: [B, M] of 1 and 0, the cached tokens included, for causal
-          attention; or bool [B, 1, T, M], which says outright who sees whom.
+        - `attention_mask`: [B, M] of 1 and 0, the cached tokens included; or bool
+          [B, 1, T, M], True where a token attends.
+        - `token_type_ids` [B, M]: see `make_attn_mask`. Without them, it is causal.
         - `position_ids` [B, T]: counted from the mask when absent, if that is [B, M].
         - `logits_to_keep`: 0 for logits at every position, n for the last n.
         - `output_attentions` adds `attentions`, one [B, H, T, M] a layer.
@@ -270,6 +197,7 @@ class GemmaForCausalLM(nn.Module):
         if logits_to_keep < 0:
             raise ValueError(f"logits_to_keep={logits_to_keep} must be 0 (all) or more")
         if inputs_embeds is None:
+            check_ids("input_ids", input_ids)
             inputs_embeds = self.model.embed(input_ids)  # [B, T, D]
         past = kv_cache.num_items() if kv_cache is not None else 0
         length = past + inputs_embeds.shape[1]
@@ -279,19 +207,17 @@ class GemmaForCausalLM(nn.Module):
                 f"{self.config.max_position_embeddings} positions: shorten the prompt "
                 "or generate fewer tokens"
             )
-        attention_mask, position_ids = _mask_and_positions(
-            attention_mask, position_ids, inputs_embeds, past
-        )
+        mask, counted = mask_and_positions(
+            inputs_embeds, kv_cache, attention_mask, token_type_ids
+        )  # [B, 1, T, M], [B, T]
+        position_ids = counted if position_ids is None else position_ids
+        check_ids("position_ids", position_ids, inputs_embeds.shape[:2])
         hidden_states, attentions = self.model(
-            inputs_embeds,
-            pad_to_keys(attention_mask, kv_cache),
-            position_ids,
-            kv_cache,
-            output_attentions,
+            inputs_embeds, mask, position_ids, kv_cache, output_attentions
         )
         if logits_to_keep:
             hidden_states = hidden_states[:, -logits_to_keep:]  # [B, n, D]
-        outputs = {"logits": self.score(hidden_states), "kv_cache": kv_cache}
+        outputs = {"logits": self.compute_logits(hidden_states), "kv_cache": kv_cache}
         if output_attentions:
             outputs["attentions"] = attentions
         return outputs

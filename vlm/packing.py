@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from .masks import make_attn_mask
+
 __all__ = ["pack_questions", "packed_mask"]
 
 
@@ -41,16 +43,6 @@ def pack_questions(
 def packed_mask(
     segment_ids: Int[Tensor, "B T"], token_type_ids: Int[Tensor, "B T"]
 ) -> Bool[Tensor, "B 1 T T"]:
-    """Who attends to whom in packed rows (padding has segment -1).
-
-    Everyone attends to the image. A question attends to itself by the prefix-LM rule,
-    and to no other question. The image attends to the first question's prompt, as it
-    will when a question stands alone; through all prompts, it would mix the questions.
-    """
-    block = token_type_ids.cumsum(dim=1)  # [B, T]
-    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
-    earlier = block[:, None, :] <= block[:, :, None]  # [B, T, T]
-    mask = (query == key) & earlier
-    mask = mask | ((key == 0) & (query >= 0))
-    first_prompt = (key == 1) & (token_type_ids == 0)[:, None, :]
-    return (mask | ((query == 0) & first_prompt))[:, None]  # [B, 1, T, T]
+    """The mask of packed rows, whose padding has segment -1: see `make_attn_mask`."""
+    real = segment_ids >= 0  # [B, T]
+    return make_attn_mask(real, token_type_ids, segment_ids=segment_ids)

@@ -1,4 +1,4 @@
-"""Eyes, bridge and voice in one model.
+"""PaliGemma: SigLIP encoder, linear projector, Gemma decoder.
 
 Built in notebooks/14_paligemma.ipynb: edit it there, then run `make export`.
 """
@@ -6,19 +6,14 @@ Built in notebooks/14_paligemma.ipynb: edit it there, then run `make export`.
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import PaliGemmaConfig
-from .gemma import build_language_model, check_ids, positions_from_mask
+from .gemma import build_language_model, check_ids
 from .kv_cache import KVCache, StaticKVCache
-from .merging import (
-    may_read,
-    merge_image_features,
-    prefix_lm_mask,
-    share_pictures,
-)
+from .merging import can_read_values, merge_image_features
 from .projector import PaliGemmaMultiModalProjector
 from .siglip import SiglipVisionModel
 
@@ -26,57 +21,21 @@ __all__ = ["PaliGemmaForConditionalGeneration"]
 
 
 def next_token_loss(
-    logits: Float[Tensor, "B T V"], labels: Int[Tensor, "B T"]
+    logits: Float[Tensor, "B n V"], labels: Int[Tensor, "B T"]
 ) -> Float[Tensor, ""]:
     """Mean cross-entropy of each next token, in float32; labels of -100 don't count.
 
-    It is nan where no label counts.
-    Raises ValueError for a single position: it has no next token.
+    `logits` may be those of the last n tokens alone. The loss is nan where no label
+    counts. Raises ValueError for a single position: it has no next token.
     """
-    if labels.shape[1] < 2:
+    if logits.shape[1] < 2:
         raise ValueError(
             "one position has no next token to learn: keep at least 2 logits, or all"
         )
-    logits = logits[:, :-1].flatten(0, 1).float()  # [B * (T-1), V]
+    labels = labels[:, -logits.shape[1] :]  # [B, n]
+    logits = logits[:, :-1].flatten(0, 1).float()  # [B * (n-1), V]
     targets = labels[:, 1:].flatten()  # position t predicts the token at t + 1
     return F.cross_entropy(logits, targets, ignore_index=-100)
-
-
-def place_tokens(
-    input_ids: Int[Tensor, "B T"],
-    past: int = 0,
-    attention_mask: Tensor | None = None,
-    token_type_ids: Tensor | None = None,
-) -> tuple[Bool[Tensor, "B 1 T M"], Int[Tensor, "B T"] | None]:
-    """Who sees whom, and where each of T new tokens stands, with `past` cached ones.
-
-    - `attention_mask` [B, M] of 1 and 0, M = past + T (None: all ones); or a mask
-      [B, 1, T, M], which is returned as it is, without positions.
-    - `token_type_ids` [B, M]; None: all prefix, but what follows a filled cache is
-      suffix.
-
-    Raises ValueError for ids of another kind, and where the others have another shape.
-    """
-    check_ids("input_ids", input_ids)
-    if attention_mask is not None and attention_mask.ndim == 4:
-        return attention_mask, None
-    batch, num_new = input_ids.shape
-    if attention_mask is None:
-        attention_mask = input_ids.new_ones(batch, past + num_new)
-    if token_type_ids is None:
-        token_type_ids = input_ids.new_zeros(batch, past + num_new)
-        token_type_ids[:, past:] = int(past > 0)
-    for name, given in (
-        ("attention_mask", attention_mask),
-        ("token_type_ids", token_type_ids),
-    ):
-        if given.shape != (batch, past + num_new):
-            raise ValueError(
-                f"{name} is {list(given.shape)}, expected {[batch, past + num_new]}: "
-                f"{past} tokens in the cache and {num_new} new ones"
-            )
-    mask = prefix_lm_mask(attention_mask.long(), token_type_ids, num_new)
-    return mask, positions_from_mask(attention_mask.long(), num_new)
 
 
 class PaliGemmaForConditionalGeneration(nn.Module):
@@ -104,28 +63,27 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         return self.multi_modal_projector.linear.weight.dtype
 
     def encode_images(self, pixels: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
-        """Pictures → soft tokens, not scaled: only text embeddings are."""
+        """Images → soft tokens, not scaled: only text embeddings are."""
         return self.multi_modal_projector(self.vision_tower(pixels))
 
     def embed_inputs(
         self, input_ids: Int[Tensor, "B T"], features: Float[Tensor, "_ N D"] | None
     ) -> Float[Tensor, "B T D"]:
-        """Token embeddings, with the pictures' features at the image tokens."""
+        """Token embeddings, with the image features at the image tokens."""
         image_mask = input_ids == self.config.image_token_index  # [B, T]
         # The image token's id may lie outside the table, and its row is never used.
         token_ids = input_ids.masked_fill(image_mask, self.config.pad_token_id)
         inputs_embeds = self.language_model.model.embed(token_ids)  # [B, T, D]
         if features is not None:
-            features = share_pictures(features, input_ids.shape[0])  # [B, N, D]
             return merge_image_features(inputs_embeds, features, image_mask)
-        if may_read(image_mask) and image_mask.any():
+        if can_read_values(image_mask) and image_mask.any():
             raise ValueError("image tokens need pixel_values and an empty cache")
         return inputs_embeds.masked_fill(image_mask[..., None], float("nan"))
 
     def forward(
         self,
         input_ids: Int[Tensor, "B T"],
-        pixel_values: Float[Tensor, "pictures C S S"] | None = None,
+        pixel_values: Float[Tensor, "images C S S"] | None = None,
         attention_mask: Tensor | None = None,
         kv_cache: KVCache | StaticKVCache | None = None,
         token_type_ids: Tensor | None = None,
@@ -137,34 +95,35 @@ class PaliGemmaForConditionalGeneration(nn.Module):
     ) -> dict[str, Any]:
         """One pass: prefill, training, or a decode step with a filled cache.
 
-        - `pixel_values` in [-1, 1]; a picture a row, or fewer, each for as many
-          consecutive rows. With a filled cache they aren't looked at again.
-        - `attention_mask` [B, M] of 1 and 0, M cached and new tokens; or a bool mask
-          [B, 1, T, M]. `token_type_ids` [B, M]: 0 image and prompt, 1 answer.
-        - `labels`: ids to learn, or -100. `logits_to_keep`: the last n places, 0 all.
+        - `pixel_values` in [-1, 1]: one a row, or each for as many consecutive rows.
+        - `attention_mask` [B, M] of 1 and 0, M cached and new; or bool [B, 1, T, M].
+        - `token_type_ids` [B, M]: 0 prefix, 1 answer; None: 0, with a filled cache 1.
+        - `labels`: ids to learn, or -100. `logits_to_keep`: the last n tokens', 0 all.
 
         Returns `logits` [B, T, V], `kv_cache`, `loss` given labels; if asked, each
         layer's `attentions` [B, H, T, M], the projector's `image_hidden_states`. Raises
         ValueError where shapes or image tokens disagree (not on a GPU: logits are NaN).
         """
         if labels is not None and token_type_ids is None:
-            raise ValueError("labels need token_type_ids, or answers see their future")
-        past = kv_cache.num_items() if kv_cache is not None else 0
-        mask, places = place_tokens(input_ids, past, attention_mask, token_type_ids)
-        is_new = pixel_values is not None and not past
-        features = self.encode_images(pixel_values) if is_new else None
+            raise ValueError("labels need token_type_ids: else the answer is prefix")
+        check_ids("input_ids", input_ids)
+        if kv_cache is not None and kv_cache.num_items():
+            pixel_values = None  # in the cache already, and what comes now is answer
+        elif token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)  # a prefill is all prefix
+        features = None if pixel_values is None else self.encode_images(pixel_values)
         outputs = self.language_model(
             inputs_embeds=self.embed_inputs(input_ids, features),
-            attention_mask=mask,  # [B, 1, T, M]
+            attention_mask=attention_mask,
             kv_cache=kv_cache,
-            position_ids=places if position_ids is None else position_ids,
+            position_ids=position_ids,
             logits_to_keep=logits_to_keep,
             output_attentions=output_attentions,
+            token_type_ids=token_type_ids,
         )
         if output_image_hidden_states:
             outputs["image_hidden_states"] = features
         if labels is not None:
             check_ids("labels", labels, input_ids.shape)
-            labels = labels[:, -logits_to_keep:]  # -0 keeps all of them
             outputs["loss"] = next_token_loss(outputs["logits"], labels)
         return outputs

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .gemma import check_ids
 from .kv_cache import KVCache, StaticKVCache
-from .merging import rows_per_picture
+from .merging import rows_per_image
 from .paligemma import PaliGemmaForConditionalGeneration as PaliGemma
 from .processing import IMAGE_TOKEN
 
@@ -286,7 +286,7 @@ def check_inputs(model: PaliGemma, inputs: Inputs, settings: GenerationConfig) -
         raise ValueError(f"attention_mask must be {shape} of 0 and 1, in each row a 1")
     wanted = 0
     if (pixel_values := inputs.get("pixel_values")) is not None:
-        rows_per_picture(len(pixel_values), len(input_ids))
+        rows_per_image(len(pixel_values), len(input_ids))
         wanted = model.config.vision_config.num_image_tokens
     counts = is_image.sum(dim=1).tolist()
     if {*counts} != {wanted}:
