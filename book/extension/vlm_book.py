@@ -3,7 +3,7 @@
 - `#|` lines (nbdev's directives) are stripped; a cell that has nothing else goes away.
 - `#| default_exp rope` becomes a badge that names the modules that the chapter builds,
   and exported cells, folded ones too, get a tab with the file's name. Both link to the
-  API page.
+  API page. Folded cells of one module in a row become one.
 - Chapter numbers come from file names: `05_rope.ipynb` is chapter 5.
 - The API page lists every module that a notebook exports, in the order of the book.
 - Scripts and styles come from `book/`, so that no page asks the network for anything.
@@ -108,20 +108,40 @@ class ReadableCells(SphinxTransform):
 
 
 class FoldUnderTabs(HideInputCells):
-    """Fold exported cells too: under a tab, MyST-NB doesn't see that they have code."""
+    """Fold exported cells too: under a tab, MyST-NB doesn't see that they have code.
+
+    Folded cells of one module that follow each other become one fold.
+    """
 
     default_priority = HideInputCells.default_priority + 1
 
     def run(self, **kwargs) -> None:
-        cells = [
-            node
-            for node in self.document.findall(nodes.container)
-            if "exported" in node["classes"]
-        ]
+        cells: list[nodes.container] = []
+        for cell in list(self.document.findall(nodes.container)):
+            if "exported" not in cell["classes"]:
+                continue
+            if cells and self.belong_together(cells[-1], cell):
+                block, more = (one[1][0] for one in (cells[-1], cell))
+                block.rawsource += f"\n\n\n{more.rawsource}"
+                block[:] = [nodes.Text(block.rawsource)]
+                cell.parent.remove(cell)
+            else:
+                cells.append(cell)
         tabs = [cell.children.pop(0) for cell in cells]
         super().run(**kwargs)
         for cell, tab in zip(cells, tabs, strict=True):
             cell.insert(0, tab)
+
+    @staticmethod
+    def belong_together(first: nodes.container, second: nodes.container) -> bool:
+        """Whether nothing but a fold parts two cells: a tab and code, the same tab."""
+        return (
+            first.next_node(descend=False, siblings=True) is second
+            and all(
+                c.get("hide_mode") == "input" and len(c) == 2 for c in (first, second)
+            )
+            and first[0].astext() == second[0].astext()
+        )
 
 
 class ChapterNumber(SphinxTransform):
