@@ -293,6 +293,20 @@ def test_every_name_that_a_module_uses_is_there():
         assert {*global_names(code)} <= known, path.name
 
 
+OUTSIDE = [p for f in ("tools", "benchmarks", "book") for p in (ROOT / f).glob("*.*")]
+
+
+@pytest.mark.parametrize("path", [*OUTSIDE, ROOT / "README.md"], ids=stem)
+def test_what_tools_and_pages_import_is_there(path):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "vlm":
+            module = importlib.import_module(node.module)
+            assert {alias.name for alias in node.names} <= {*dir(module)}, node.module
+
+
 def test_importing_the_package_is_quick():
     code = "import sys, vlm; sys.exit('torch' in sys.modules)"
     assert run("-c", code).returncode == 0, "`import vlm` brought torch along"
