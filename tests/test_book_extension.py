@@ -21,7 +21,7 @@ from sphinx.util.docutils import docutils_namespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "book" / "extension"))
 
 from plain_prose import glossary_terms, paper_labels
-from vlm_book import FoldUnderTabs
+from vlm_book import FoldUnderTabs, ReadableCells
 
 PAPERS = """
 @article{one, author={Shazeer, Noam}, year=2019, title={A}, journal={J}}
@@ -337,3 +337,21 @@ def test_folded_cells_of_one_module_in_a_row_are_one_fold():
     assert [cell[0].astext() for cell in cells][:2] == ["vlm/hub.py", "vlm/lora.py"]
     folds = [type(cell[1]).__name__ == "HideCodeCellNode" for cell in cells]
     assert folds == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("directive", "module"),
+    [
+        ("export", "scenes"),
+        ("exporti", "scenes"),
+        ("exporti backgrounds", "backgrounds"),
+    ],
+)
+def test_a_tab_names_the_module_that_a_cell_goes_to(directive, module):
+    block = nodes.literal_block("", f"#| {directive}\na = 1")
+    source = nodes.container("", block, nb_element="cell_code_source")
+    cell = nodes.container("", source, nb_element="cell_code")
+    reader = ReadableCells(new_document("page", get_default_settings()))
+    reader.modules = ["scenes", "backgrounds"]
+    reader.tidy(cell)
+    assert [part.astext() for part in cell] == [f"vlm/{module}.py", "a = 1"]

@@ -24,24 +24,22 @@ BOOK = Path(__file__).resolve().parent.parent
 ROOT = BOOK.parent
 DIRECTIVE = re.compile(r"^#\|[ \t]*(\w+)[ \t]*(.*?)[ \t]*$", re.MULTILINE)
 CHAPTER = re.compile(r"^notebooks/(\d\d)_(\w+)$")
-ICON_FONT = re.compile(r"<link[^>]+href=\"https?://[^\"]*font-awesome[^\"]*\"[^>]*>")
 ABSENT = ("sphinx_thebe", "sphinx_comments")
 
 logger = logging.getLogger(__name__)
 
 
-def api_link(module: str, text: str, *classes: str) -> addnodes.pending_xref:
-    """A reference to a module's section of the API page."""
-    link = addnodes.pending_xref(
+def api_link(module: str) -> addnodes.pending_xref:
+    """A module's file name, as a reference to the module's section of the API page."""
+    return addnodes.pending_xref(
         "",
-        nodes.inline("", text, classes=["std", "std-ref", *classes]),
+        nodes.inline("", f"vlm/{module}.py", classes=["std", "std-ref"]),
         refdomain="std",
         reftype="ref",
         reftarget=f"api-{module}",
         refexplicit=True,
         refwarn=True,
     )
-    return link
 
 
 def built_modules(notebook: Path) -> list[str]:
@@ -92,18 +90,18 @@ class ReadableCells(SphinxTransform):
             badge += nodes.inline("", "This chapter builds ")
             for number, module in enumerate(self.modules):
                 badge += nodes.inline("", ", " if number else "")
-                badge += api_link(module, f"vlm/{module}.py", "module-file")
+                badge += api_link(module)
             cell.replace_self(badge)
         elif not code:
             cell.parent.remove(cell)
         else:
             block.rawsource = code
             block.children = [nodes.Text(code)]
-            if {"export", "exporti", "exports"} & set(found):
+            helpers = [found[word] for word in ("export", "exporti") if word in found]
+            if helpers:
                 cell["classes"].append("exported")
                 tab = nodes.paragraph("", classes=["export-tab"])
-                module = found.get("export") or self.modules[0]
-                tab += api_link(module, f"vlm/{module}.py", "module-file")
+                tab += api_link(helpers[0] or self.modules[0])
                 cell.insert(0, tab)
 
 
@@ -159,14 +157,6 @@ class ChapterNumber(SphinxTransform):
         quote = next(self.document.findall(nodes.block_quote), None)
         if quote is not None and quote.parent is title.parent:
             quote["classes"].append("promise")
-
-
-def drop_icon_font(app: Sphinx, doctree: nodes.document) -> None:
-    """Matplotlib's animations ask a content network for icons that the theme has."""
-    for raw in doctree.findall(nodes.raw):
-        if raw.get("format") == "html" and "font-awesome" in raw.astext():
-            raw.children = [nodes.Text(ICON_FONT.sub("", raw.astext()))]
-            raw.rawsource = ICON_FONT.sub("", raw.rawsource)
 
 
 def exported_modules() -> list[tuple[str, str, str]]:
@@ -249,7 +239,6 @@ def setup(app: Sphinx) -> dict:
     drop_absent_extensions(app)
     app.connect("config-inited", add_files, priority=100)
     app.connect("source-read", fill_api_page)
-    app.connect("doctree-read", drop_icon_font)
     app.connect("autodoc-process-docstring", tidy_docstring)
     app.connect("autodoc-process-signature", plain_signature)
     app.add_transform(ReadableCells)
