@@ -222,6 +222,13 @@ def add_files(app: Sphinx, config) -> None:
         config.html_theme_options.pop("launch_buttons", None)
 
 
+def empty_icon_script(app: Sphinx, exception: Exception | None) -> None:
+    """The theme has its icons as a font, and again as a script of 1.5 MB that holds up
+    the first paint."""
+    for path in Path(app.outdir).glob("_static/vendor/fontawesome/*/js/all.min.js"):
+        path.write_text("")
+
+
 def drop_absent_extensions(app: Sphinx) -> None:
     """Unhook extensions of Jupyter Book's that fetch scripts from elsewhere."""
     for name, listeners in app.events.listeners.items():
@@ -241,6 +248,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("source-read", fill_api_page)
     app.connect("autodoc-process-docstring", tidy_docstring)
     app.connect("autodoc-process-signature", plain_signature)
+    app.connect("build-finished", empty_icon_script)
     app.add_transform(ReadableCells)
     app.add_transform(ChapterNumber)
     app.add_post_transform(FoldUnderTabs)
