@@ -40,17 +40,14 @@ book: $(READY) ## Run every notebook and build the book, warnings as errors
 	$(BIN)/jupyter-book build . -W -n --keep-going
 	@echo "The book is at file://$(CURDIR)/_build/html/index.html"
 
-test: $(READY) ## Check export, notebooks and style; run the tests and every notebook
-	@echo "== the package is what the notebooks export"
-	$(PY) tools/export.py --check
-	@echo "== the notebooks are clean"
-	$(PY) tools/clean_notebooks.py --check
+test: $(READY) ## Check the style, run the tests and every notebook
 	@echo "== style"
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	@echo "== tests"
 	$(PY) -m pytest
 	@echo "== every notebook, from top to bottom"
+	@$(PY) tools/forget_stale_outputs.py
 	$(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 check-book: $(READY) ## Test the built book: links, no outside request, real browser

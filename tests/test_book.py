@@ -71,6 +71,11 @@ def test_styles_load_nothing_from_outside():
         assert not found, f"{path.name} loads {found}"
 
 
+def test_icons_are_a_font_alone():
+    [script] = HTML.glob("_static/vendor/fontawesome/*/js/all.min.js")
+    assert script.stat().st_size == 0
+
+
 def test_links_inside_the_book_lead_somewhere(pages):
     broken = []
     for path, page in pages.items():

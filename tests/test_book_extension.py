@@ -10,6 +10,9 @@ import pytest
 pytest.importorskip("sphinx_design", reason="the book's libraries aren't installed")
 
 from bs4 import BeautifulSoup
+from docutils import nodes
+from docutils.frontend import get_default_settings
+from docutils.utils import new_document
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from pybtex.database import parse_string
 from sphinx.application import Sphinx
@@ -18,6 +21,7 @@ from sphinx.util.docutils import docutils_namespace
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "book" / "extension"))
 
 from plain_prose import glossary_terms, paper_labels
+from vlm_book import FoldUnderTabs, ReadableCells
 
 PAPERS = """
 @article{one, author={Shazeer, Noam}, year=2019, title={A}, journal={J}}
@@ -305,3 +309,49 @@ def test_the_glossary_says_how_and_where_a_term_is_named():
     assert "key" not in rope and "key vectors" in rope
     elsewhere = glossary_terms(GLOSSARY, "attention")
     assert "key" in elsewhere and "query" not in elsewhere
+
+
+def exported_cell(module: str, code: str, folded: bool = True) -> nodes.container:
+    block = nodes.literal_block(code, code)
+    source = nodes.container("", block, nb_element="cell_code_source")
+    tab = nodes.paragraph("", f"vlm/{module}.py")
+    cell = nodes.container("", tab, source, nb_element="cell_code")
+    cell["classes"].append("exported")
+    if folded:
+        cell.update_all_atts(
+            {"hide_mode": "input", "prompt_show": "", "prompt_hide": ""}
+        )
+    return cell
+
+
+def test_folded_cells_of_one_module_in_a_row_are_one_fold():
+    page = new_document("page", get_default_settings())
+    page += [exported_cell("hub", "a = 1"), exported_cell("hub", "b = 2")]
+    page += [exported_cell("hub", "c = 3"), exported_cell("lora", "d = 4")]
+    page += [nodes.paragraph("", "Text."), exported_cell("lora", "e = 5")]
+    page += [exported_cell("lora", "f = 6", folded=False)]
+    FoldUnderTabs(page).run()
+    cells = [cell for cell in page if "exported" in cell["classes"]]
+    codes = [next(cell.findall(nodes.literal_block)).astext() for cell in cells]
+    assert codes == ["a = 1\n\n\nb = 2\n\n\nc = 3", "d = 4", "e = 5", "f = 6"]
+    assert [cell[0].astext() for cell in cells][:2] == ["vlm/hub.py", "vlm/lora.py"]
+    folds = [type(cell[1]).__name__ == "HideCodeCellNode" for cell in cells]
+    assert folds == [True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("directive", "module"),
+    [
+        ("export", "scenes"),
+        ("exporti", "scenes"),
+        ("exporti backgrounds", "backgrounds"),
+    ],
+)
+def test_a_tab_names_the_module_that_a_cell_goes_to(directive, module):
+    block = nodes.literal_block("", f"#| {directive}\na = 1")
+    source = nodes.container("", block, nb_element="cell_code_source")
+    cell = nodes.container("", source, nb_element="cell_code")
+    reader = ReadableCells(new_document("page", get_default_settings()))
+    reader.modules = ["scenes", "backgrounds"]
+    reader.tidy(cell)
+    assert [part.astext() for part in cell] == [f"vlm/{module}.py", "a = 1"]

@@ -3,7 +3,7 @@
 import ast
 import builtins
 import dis
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -15,8 +15,11 @@ import zipfile
 from pathlib import Path
 from types import CodeType
 
+import nbformat
 import pytest
 import yaml
+from jupyter_cache import get_cache
+from nbformat.v4 import new_code_cell, new_notebook
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -35,6 +38,14 @@ def stem(path: Path) -> str:
 
 def cells(path: Path) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8"))["cells"]
+
+
+def prose(path: Path) -> str:
+    """The text of a page: all of it, or that of a notebook's Markdown cells."""
+    if path.suffix != ".ipynb":
+        return path.read_text(encoding="utf-8")
+    markdown = (c for c in cells(path) if c["cell_type"] == "markdown")
+    return "\n".join("".join(cell["source"]) for cell in markdown)
 
 
 def run(*command: str, **kwargs) -> subprocess.CompletedProcess:
@@ -60,12 +71,26 @@ def test_a_chapter_is_read_in_half_an_hour(path):
 
 
 LINES = {"training": 350, "pretraining": 350, "mask_training": 120}
+TOTAL, PUBLIC_NAMES = (
+    8600,
+    184,
+)  # no more than there are: lower them as the house shrinks
+
+
+def count_lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
 
 
 @pytest.mark.parametrize("path", MODULES, ids=stem)
 def test_a_module_is_one_room(path):
-    lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= LINES.get(path.stem, 400), f"{path.name} has {lines} lines"
+    assert count_lines(path) <= LINES.get(path.stem, 400), path.name
+
+
+def test_the_package_stays_small():
+    assert sum(map(count_lines, ROOT.glob("vlm/*.py"))) <= TOTAL
+    modules = [importlib.import_module(f"vlm.{path.stem}") for path in MODULES]
+    public = [name for module in modules for name in getattr(module, "__all__", ())]
+    assert len(public) <= PUBLIC_NAMES
 
 
 # Notebooks and modules
@@ -84,6 +109,25 @@ def test_a_chapter_builds_its_module(path):
     topic = path.stem[3:]
     built = (ROOT / "vlm" / f"{topic}.py").exists()
     assert built != (topic in EXPORT_NOTHING)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
+def test_a_card_names_the_modules_that_the_chapter_builds(path):
+    card = re.search(r"\*\*Reading\*\*.*", prose(path))[0]
+    built = {module for module, notebook in BUILT_IN.items() if notebook == path.stem}
+    assert set(re.findall(r"`vlm\.(\w+)`", card)) == built - EXPORT_NOTHING
+
+
+CHAPTER_LINK = re.compile(r"\[([^\]]*)\]\([\w./]*?((\d\d)_\w+\.ipynb)")
+PAGES = [*NOTEBOOKS, *sorted(ROOT.glob("book/*.md")), ROOT / "README.md"]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=stem)
+def test_a_chapter_is_called_by_its_number(path):
+    for text, notebook, number in CHAPTER_LINK.findall(prose(path)):
+        assert (ROOT / "notebooks" / notebook).exists(), notebook
+        said = re.search(r"[Cc]hapters? (\d+)|^(\d+)\b", text)
+        assert not said or int(said[1] or said[2]) == int(number), f"{text}: {notebook}"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
@@ -126,10 +170,8 @@ def test_prose_is_plain_markdown(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
 def test_equations_and_figures_are_numbered_in_order(path):
-    prose = [c for c in cells(path) if c["cell_type"] == "markdown"]
-    text = "\n".join("".join(cell["source"]) for cell in prose)
     for pattern in (r"\\tag\{([\d.]+)\}", r"^\*Figure ([\d.]+)\. "):
-        numbers = re.findall(pattern, text, re.MULTILINE)
+        numbers = re.findall(pattern, prose(path), re.MULTILINE)
         chapter = int(path.stem[:2])
         assert numbers == [f"{chapter}.{n}" for n in range(1, len(numbers) + 1)]
 
@@ -150,6 +192,8 @@ def test_every_notebook_is_in_the_table_of_contents_once_and_in_order():
     pages = [toc["root"], *(name for name in listed if name not in chapters)]
     for page in pages:
         assert (ROOT / f"{page}.md").exists(), page
+    linked = [notebook for _, notebook, _ in CHAPTER_LINK.findall(prose(PAGES[-1]))]
+    assert linked == [path.name for path in NOTEBOOKS], "README.md lists them all"
 
 
 def test_no_page_or_tool_draws_what_the_last_evaluation_is_kept_for():
@@ -163,6 +207,24 @@ def test_no_page_or_tool_draws_what_the_last_evaluation_is_kept_for():
                 assert int(number) * 10**9 not in TEST_SEEDS, path.name
         if path.stem not in ("17_scenes", "29_segmentation"):  # it evaluates
             assert not re.search(r"TEST_(SEEDS|STYLE)", text), path.name
+
+
+def test_what_nbmake_has_run_the_book_finds(tmp_path, monkeypatch):
+    path = ROOT / "notebooks" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("notebooks_conftest", path)
+    conftest = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conftest)
+    monkeypatch.setattr(conftest, "CACHE", tmp_path / "cache")
+    for name, code in (("good", "print(6 * 7)"), ("bad", "assert 6 * 7 == 41")):
+        notebook = new_notebook(cells=[new_code_cell(code)])
+        nbformat.write(notebook, tmp_path / f"{name}.ipynb")
+        conftest.CachedRun(tmp_path / f"{name}.ipynb", 60).execute()
+    cache = get_cache(tmp_path / "cache")
+    good, bad = (nbformat.read(tmp_path / f"{n}.ipynb", 4) for n in ("good", "bad"))
+    _, found = cache.merge_match_into_notebook(good)
+    assert found.cells[0].outputs[0]["text"] == "42\n"
+    with pytest.raises(KeyError):
+        cache.match_cache_notebook(bad)
 
 
 # Imports run one way
@@ -231,6 +293,20 @@ def test_every_name_that_a_module_uses_is_there():
         assert {*global_names(code)} <= known, path.name
 
 
+OUTSIDE = [p for f in ("tools", "benchmarks", "book") for p in (ROOT / f).glob("*.*")]
+
+
+@pytest.mark.parametrize("path", [*OUTSIDE, ROOT / "README.md"], ids=stem)
+def test_what_tools_and_pages_import_is_there(path):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "vlm":
+            module = importlib.import_module(node.module)
+            assert {alias.name for alias in node.names} <= {*dir(module)}, node.module
+
+
 def test_importing_the_package_is_quick():
     code = "import sys, vlm; sys.exit('torch' in sys.modules)"
     assert run("-c", code).returncode == 0, "`import vlm` brought torch along"
@@ -285,6 +361,13 @@ def wheel(tmp_path_factory) -> Path:
     done = run("-m", "pip", "wheel", *options, "--wheel-dir", str(folder), str(folder))
     assert done.returncode == 0, done.stderr
     return next(folder.glob("*.whl"))
+
+
+def test_every_pattern_of_package_data_finds_files():
+    setup = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]
+    for package, patterns in setup["setuptools"]["package-data"].items():
+        for pattern in patterns:
+            assert any(ROOT.joinpath(*package.split(".")).glob(pattern)), pattern
 
 
 def test_the_wheel_carries_every_file_of_the_package(wheel):

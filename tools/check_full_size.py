@@ -108,11 +108,11 @@ STRANGE = (
 )
 
 
-def make_prompts(number: int = 1000) -> list[str]:
-    """Different prompts: all tasks, many scripts, the empty one, special tokens."""
+def make_prompts() -> list[str]:
+    """1,000 prompts: all tasks, many scripts, the empty one, special tokens."""
     draw = random.Random(0)
     prompts = dict.fromkeys(STRANGE)  # a set that keeps its order
-    while len(prompts) < number:
+    while len(prompts) < 1000:
         prompts[
             draw.choice(TASKS).format(
                 language=draw.choice(LANGUAGES),

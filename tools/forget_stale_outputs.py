@@ -3,7 +3,7 @@
 The book executes a notebook again only when the notebook's own code changes. Its output
 depends on the package and the plot style too, so a different hash of those clears the
 cache of outputs. A change of the book's extension only clears the parsed pages. Called
-by `make book`.
+by `make test` and `make book`.
 """
 
 import hashlib

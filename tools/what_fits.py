@@ -82,7 +82,7 @@ def table() -> str:
     sides = " / ".join(str(side) for side in SIDES)
     machines = " | ".join(f"{size} GB" for size in MACHINES)
     lines = [
-        f"| checkpoint | numbers | weights, GB | cache, GB: {sides} px | {machines} |",
+        f"| checkpoint | dtype | weights, GB | cache, GB: {sides} px | {machines} |",
         "|---|---|--:|--:|" + ":-:|" * len(MACHINES),
     ]
     for family in FAMILIES:

@@ -3,7 +3,7 @@
 - `#|` lines (nbdev's directives) are stripped; a cell that has nothing else goes away.
 - `#| default_exp rope` becomes a badge that names the modules that the chapter builds,
   and exported cells, folded ones too, get a tab with the file's name. Both link to the
-  API page.
+  API page. Folded cells of one module in a row become one.
 - Chapter numbers come from file names: `05_rope.ipynb` is chapter 5.
 - The API page lists every module that a notebook exports, in the order of the book.
 - Scripts and styles come from `book/`, so that no page asks the network for anything.
@@ -24,24 +24,22 @@ BOOK = Path(__file__).resolve().parent.parent
 ROOT = BOOK.parent
 DIRECTIVE = re.compile(r"^#\|[ \t]*(\w+)[ \t]*(.*?)[ \t]*$", re.MULTILINE)
 CHAPTER = re.compile(r"^notebooks/(\d\d)_(\w+)$")
-ICON_FONT = re.compile(r"<link[^>]+href=\"https?://[^\"]*font-awesome[^\"]*\"[^>]*>")
 ABSENT = ("sphinx_thebe", "sphinx_comments")
 
 logger = logging.getLogger(__name__)
 
 
-def api_link(module: str, text: str, *classes: str) -> addnodes.pending_xref:
-    """A reference to a module's section of the API page."""
-    link = addnodes.pending_xref(
+def api_link(module: str) -> addnodes.pending_xref:
+    """A module's file name, as a reference to the module's section of the API page."""
+    return addnodes.pending_xref(
         "",
-        nodes.inline("", text, classes=["std", "std-ref", *classes]),
+        nodes.inline("", f"vlm/{module}.py", classes=["std", "std-ref"]),
         refdomain="std",
         reftype="ref",
         reftarget=f"api-{module}",
         refexplicit=True,
         refwarn=True,
     )
-    return link
 
 
 def built_modules(notebook: Path) -> list[str]:
@@ -92,36 +90,56 @@ class ReadableCells(SphinxTransform):
             badge += nodes.inline("", "This chapter builds ")
             for number, module in enumerate(self.modules):
                 badge += nodes.inline("", ", " if number else "")
-                badge += api_link(module, f"vlm/{module}.py", "module-file")
+                badge += api_link(module)
             cell.replace_self(badge)
         elif not code:
             cell.parent.remove(cell)
         else:
             block.rawsource = code
             block.children = [nodes.Text(code)]
-            if {"export", "exporti", "exports"} & set(found):
+            helpers = [found[word] for word in ("export", "exporti") if word in found]
+            if helpers:
                 cell["classes"].append("exported")
                 tab = nodes.paragraph("", classes=["export-tab"])
-                module = found.get("export") or self.modules[0]
-                tab += api_link(module, f"vlm/{module}.py", "module-file")
+                tab += api_link(helpers[0] or self.modules[0])
                 cell.insert(0, tab)
 
 
 class FoldUnderTabs(HideInputCells):
-    """Fold exported cells too: under a tab, MyST-NB doesn't see that they have code."""
+    """Fold exported cells too: under a tab, MyST-NB doesn't see that they have code.
+
+    Folded cells of one module that follow each other become one fold.
+    """
 
     default_priority = HideInputCells.default_priority + 1
 
     def run(self, **kwargs) -> None:
-        cells = [
-            node
-            for node in self.document.findall(nodes.container)
-            if "exported" in node["classes"]
-        ]
+        cells: list[nodes.container] = []
+        for cell in list(self.document.findall(nodes.container)):
+            if "exported" not in cell["classes"]:
+                continue
+            if cells and self.belong_together(cells[-1], cell):
+                block, more = (one[1][0] for one in (cells[-1], cell))
+                block.rawsource += f"\n\n\n{more.rawsource}"
+                block[:] = [nodes.Text(block.rawsource)]
+                cell.parent.remove(cell)
+            else:
+                cells.append(cell)
         tabs = [cell.children.pop(0) for cell in cells]
         super().run(**kwargs)
         for cell, tab in zip(cells, tabs, strict=True):
             cell.insert(0, tab)
+
+    @staticmethod
+    def belong_together(first: nodes.container, second: nodes.container) -> bool:
+        """Whether nothing but a fold parts two cells: a tab and code, the same tab."""
+        return (
+            first.next_node(descend=False, siblings=True) is second
+            and all(
+                c.get("hide_mode") == "input" and len(c) == 2 for c in (first, second)
+            )
+            and first[0].astext() == second[0].astext()
+        )
 
 
 class ChapterNumber(SphinxTransform):
@@ -139,14 +157,6 @@ class ChapterNumber(SphinxTransform):
         quote = next(self.document.findall(nodes.block_quote), None)
         if quote is not None and quote.parent is title.parent:
             quote["classes"].append("promise")
-
-
-def drop_icon_font(app: Sphinx, doctree: nodes.document) -> None:
-    """Matplotlib's animations ask a content network for icons that the theme has."""
-    for raw in doctree.findall(nodes.raw):
-        if raw.get("format") == "html" and "font-awesome" in raw.astext():
-            raw.children = [nodes.Text(ICON_FONT.sub("", raw.astext()))]
-            raw.rawsource = ICON_FONT.sub("", raw.rawsource)
 
 
 def exported_modules() -> list[tuple[str, str, str]]:
@@ -212,6 +222,13 @@ def add_files(app: Sphinx, config) -> None:
         config.html_theme_options.pop("launch_buttons", None)
 
 
+def empty_icon_script(app: Sphinx, exception: Exception | None) -> None:
+    """The theme has its icons as a font, and again as a script of 1.5 MB that holds up
+    the first paint."""
+    for path in Path(app.outdir).glob("_static/vendor/fontawesome/*/js/all.min.js"):
+        path.write_text("")
+
+
 def drop_absent_extensions(app: Sphinx) -> None:
     """Unhook extensions of Jupyter Book's that fetch scripts from elsewhere."""
     for name, listeners in app.events.listeners.items():
@@ -229,9 +246,9 @@ def setup(app: Sphinx) -> dict:
     drop_absent_extensions(app)
     app.connect("config-inited", add_files, priority=100)
     app.connect("source-read", fill_api_page)
-    app.connect("doctree-read", drop_icon_font)
     app.connect("autodoc-process-docstring", tidy_docstring)
     app.connect("autodoc-process-signature", plain_signature)
+    app.connect("build-finished", empty_icon_script)
     app.add_transform(ReadableCells)
     app.add_transform(ChapterNumber)
     app.add_post_transform(FoldUnderTabs)
