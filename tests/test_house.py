@@ -49,7 +49,7 @@ def test_notebooks_and_modules_are_in_step(tool):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-TO_BE_SPLIT = {"17_scenes", "27_detection", "29_segmentation"}  # two ideas each
+TO_BE_SPLIT = {"27_detection", "29_segmentation"}  # two ideas each
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)

@@ -60,7 +60,7 @@ def measure(folder: Path, num_scenes: int) -> dict[str, float]:
         asked = [count_question(scene, name) for name in names]
         rows = answer(processor([question.prompt for question in asked], scene.image))
         counts += [(row.text, q.answer) for row, q in zip(rows, asked)]
-    truth = [[Detection(o.kind, o.box) for o in scene.objects] for scene in scenes]
+    truth = [[Detection(o.label, o.box) for o in scene.objects] for scene in scenes]
     last_line = (folder / "log.jsonl").read_text().splitlines()[-1]
     return {
         "validation loss": json.loads(last_line)["validation_loss"],

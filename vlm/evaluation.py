@@ -27,7 +27,7 @@ from .processing import PaliGemmaProcessor
 from .questions import (
     EMPTY_CAPTION,
     Question,
-    absent_kind,
+    absent_class,
     caption_question,
     count_question,
     presence_question,
@@ -40,9 +40,9 @@ from .scenes import (
     VALIDATION_SEEDS,
     VALIDATION_STYLE,
     Scene,
-    all_kinds,
+    all_classes,
     make_scene,
-    style_kinds,
+    style_classes,
 )
 from .segmentation import load_mask_decoder, mean_iou, parse_segmentations
 from .weights import load_hf_model, make_processor
@@ -66,7 +66,7 @@ def _scene_questions(scene: Scene, seed: int, classes: Sequence[str]) -> list[Qu
     rng = random.Random(seed)
     present, absent = list(scene.counts), []
     while len(absent) < 2:
-        absent += [kind for kind in [absent_kind(scene, rng)] if kind in classes]
+        absent += [kind for kind in [absent_class(scene, rng)] if kind in classes]
     relations = relation_questions(scene)
     rng.shuffle(relations)
     return [
@@ -135,7 +135,7 @@ def _evaluate_scenes(
             else:
                 said.setdefault(task, []).append((row.text, question.answer))
     things = [scene.objects for scene in scenes]
-    truth = [[Detection(one.kind, one.box) for one in each] for each in things]
+    truth = [[Detection(one.label, one.box) for one in each] for each in things]
     ap = average_precision(found["detect"], truth)  # at ten IoU thresholds
     every_ap = average_precision(found["detect every"], truth)
     wrong = [  # boxes whose label names nothing that is in the scene
@@ -173,7 +173,7 @@ def silent_fraction(answer: _Answerer, images: Sequence[Image.Image]) -> float:
     rng, silent = random.Random(0), 0
     for image in images:
         questions = [Question("caption", "caption en", EMPTY_CAPTION)]
-        for kind in rng.sample(list(all_kinds()), 3):
+        for kind in rng.sample(list(all_classes()), 3):
             for task in ("detect", "segment"):
                 questions.append(Question(task, f"{task} {kind}", ""))
         rows = answer(image, questions)
@@ -198,7 +198,7 @@ def evaluate(
         known = " or ".join(SPLITS)
         raise ValueError(f"{num_scenes} scenes of {split!r}: at least 1, of {known}")
     all_seeds, style = SPLITS[split]
-    seeds, classes = all_seeds[:num_scenes], list(all_kinds())
+    seeds, classes = all_seeds[:num_scenes], list(all_classes())
     processor = make_processor(model, tokenizer)
     side = processor.image_size
     scenes = [make_scene(seed, side) for seed in seeds]
@@ -218,7 +218,7 @@ def evaluate(
     }
     columns = {
         "styles trained on": (model_answer, scenes, classes),
-        f"{split} style": (model_answer, styled, style_kinds(style)),
+        f"{split} style": (model_answer, styled, style_classes(style)),
         "without looking": (blind_answer, scenes, classes),
     }
     return {

@@ -177,7 +177,7 @@ def object_ious(
     pairs = []  # (IoU, index of the true thing, index of the found one)
     for i, thing in enumerate(things):
         for j, guess in enumerate(found):
-            if guess.label == thing.kind:
+            if guess.label == thing.label:
                 masks = torch.from_numpy(guess.mask), torch.from_numpy(thing.mask)
                 pairs.append((mask_iou(*masks).item(), i, j))
     ious, taken = [0.0] * len(things), set()
