@@ -213,7 +213,7 @@ def sample_question(
         return count_question(scene, _maybe_absent(scene, 0.2, rng))
     if task == "relation" and (questions := relation_questions(scene)):
         informative = [q for q in questions if q.answer != "nothing"]
-        prefer = informative and rng.random() < 0.8  # or "nothing" would be half of all
+        prefer = informative and rng.random() < 0.8  # else "nothing" is five of six
         return rng.choice(informative if prefer else questions)
     if task in ("relation", "presence"):
         return presence_question(scene, _maybe_absent(scene, 0.5, rng))
