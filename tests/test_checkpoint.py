@@ -78,7 +78,7 @@ def test_a_saved_copy_segments_as_the_original_does(tmp_path):
     side = vision.image_size
     processor = PaliGemmaProcessor(tokenizer, vision.num_image_tokens, side)
     scene = make_scene(VALIDATION_SEEDS[0], side)
-    inputs = processor([f"segment {scene.objects[0].kind}"], [scene.image])
+    inputs = processor([f"segment {scene.objects[0].label}"], [scene.image])
     found = []
     for folder in (None, tmp_path):
         copy, tokenizer = load_hf_model(folder, "cpu")

@@ -26,16 +26,16 @@ from vlm.scenes import (
     TEST_STYLE,
     VALIDATION_SEEDS,
     VALIDATION_STYLE,
-    all_kinds,
+    all_classes,
     make_scene,
     plan_scene,
-    style_kinds,
+    style_classes,
 )
 from vlm.weights import load_hf_model, make_processor
 
 SEEDS = VALIDATION_SEEDS[:6]
 SCENES = [make_scene(seed, 64) for seed in SEEDS]
-CLASSES = list(all_kinds())
+CLASSES = list(all_classes())
 EVERY_CLASS = "detect, every class asked"
 
 
@@ -86,7 +86,7 @@ def test_a_scene_is_asked_the_same_every_time_and_for_absent_classes_too():
 
 
 def test_absent_classes_are_of_those_that_a_style_has():
-    classes = style_kinds(TEST_STYLE)
+    classes = style_classes(TEST_STYLE)
     for seed in range(50):
         questions = _scene_questions(SCENES[0], seed, classes)
         asked = {q.prompt.partition(" ")[2] for q in questions if "detect" in q.task}
@@ -134,17 +134,17 @@ def test_false_alarms_are_counted_and_cost_precision_where_they_are_sure(
     decoder, label
 ):
     thing, *_ = SCENES[0].objects
-    box = detect_question(SCENES[0], [thing.kind]).answer[:36]
-    name = thing.kind if label == "a class" else label
+    box = detect_question(SCENES[0], [thing.label]).answer[:36]
+    name = thing.label if label == "a class" else label
 
     def write(scene, question):
         asked = question.task, question.prompt
-        if asked == ("detect every", f"detect {thing.kind}"):
-            if thing.kind not in scene.counts:
+        if asked == ("detect every", f"detect {thing.label}"):
+            if thing.label not in scene.counts:
                 return f"{box} {name}", 0.9
         return knows_boxes(scene, question), 0.5
 
-    without = sum(thing.kind not in scene.counts for scene in SCENES)
+    without = sum(thing.label not in scene.counts for scene in SCENES)
     numbers = numbers_of(write, decoder)
     assert (
         numbers[f"{EVERY_CLASS}: false alarms per image"] == without / len(SCENES) > 0
@@ -279,9 +279,11 @@ def test_splits_are_those_of_the_world():
 def test_the_split_decides_seeds_style_classes_and_crops(evaluated, monkeypatch):
     """With a split made up for it: the test split is for one look, at the end."""
     monkeypatch.setitem(SPLITS, "test", (range(40, 49), "flat"))
-    some = style_kinds("flat")[:80]
+    some = style_classes("flat")[:80]
     monkeypatch.setattr(
-        evaluation, "style_kinds", lambda *styles: some if styles == ("flat",) else None
+        evaluation,
+        "style_classes",
+        lambda *styles: some if styles == ("flat",) else None,
     )
     drawn, crops, every = [], [], []
 

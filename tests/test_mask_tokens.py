@@ -75,7 +75,7 @@ DECODER_SHAPES = {
 
 
 def scene_masks(seed):
-    return [thing.cropped_mask for thing in make_scene(seed).objects]
+    return [item.cropped_mask for item in make_scene(seed).objects]
 
 
 PARTS = {MaskEncoder: ENCODER_SHAPES, MaskDecoder: DECODER_SHAPES}
@@ -439,7 +439,7 @@ def test_the_decoder_needs_no_encoder(google, tmp_path):
     codes = torch.randint(128, (2, 16))
     ours = MaskDecoder.from_npz(tmp_path / "half.npz")(codes)
     assert torch.equal(ours, MaskDecoder.from_npz(path)(codes))
-    with pytest.raises(ValueError, match=r"has no tensor encoder\.0\.weight"):
+    with pytest.raises(ValueError, match=r"encoder\.0\.weight"):
         MaskEncoder.from_npz(tmp_path / "half.npz")
 
 
@@ -449,12 +449,12 @@ def test_another_hash_is_refused(google):
 
 
 def test_files_that_are_none(google, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"vae-oid\.npz"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.npz"):
         MaskDecoder.from_npz(tmp_path / "nothing.npz")
     broken = tmp_path / "broken.npz"
     for content in (b"", b"no file of arrays", google[0].read_bytes()[:9999]):
         broken.write_bytes(content)
-        with pytest.raises(ValueError, match=r"broken\.npz isn't an"):
+        with pytest.raises(ValueError, match=r"broken\.npz can't be read"):
             MaskDecoder.from_npz(broken)
     np.savez(broken, **{"_vq_vae._embedding": np.array([{"a": 1}], object)})
     with pytest.raises(ValueError, match="can't be read as arrays"):  # no pickle
@@ -482,7 +482,7 @@ def test_damaged_files_are_value_errors(google, tmp_path, save):
 def test_a_wrong_shape_is_named(google, tmp_path):
     arrays = {**google[1], "decoder.4.bias": np.zeros(64, np.float32)}
     np.savez(tmp_path / "other.npz", **arrays)
-    message = r"decoder\.4\.bias in .* has shape \(64,\), expected \(128,\)"
+    message = r"(?s)other\.npz.*decoder\.4\.bias.*\[64\].*\[128\]"
     with pytest.raises(ValueError, match=message):
         MaskDecoder.from_npz(tmp_path / "other.npz")
 
@@ -507,10 +507,10 @@ def test_a_full_disk_leaves_both_files(vqvae, tmp_path, monkeypatch):
     former = {file: file.read_bytes() for file in tmp_path.iterdir()}
     files = []
 
-    def full(tensors, file, metadata):
+    def full(tensors, file):
         if files.append(file) or len(files) == 2:
             raise SafetensorError("No space left on device (os error 28)")
-        save_file(tensors, file, metadata)
+        save_file(tensors, file)
 
     monkeypatch.setattr("vlm.mask_tokens.save_file", full)
     with pytest.raises(OSError, match="No space left on device"):
@@ -519,13 +519,13 @@ def test_a_full_disk_leaves_both_files(vqvae, tmp_path, monkeypatch):
 
 
 def test_folders_that_hold_no_masks(vqvae, tmp_path):
-    with pytest.raises(FileNotFoundError, match=f"no {DECODER_FILE} in"):
+    with pytest.raises(FileNotFoundError, match=DECODER_FILE):
         MaskDecoder.from_pretrained(tmp_path)
     vqvae.decoder.save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"no {ENCODER_FILE} in"):
+    with pytest.raises(FileNotFoundError, match=ENCODER_FILE):
         MaskVQVAE.from_pretrained(tmp_path)
     shutil.copy(tmp_path / DECODER_FILE, tmp_path / ENCODER_FILE)
-    with pytest.raises(ValueError, match=r"no tensor encoder\.0\.weight"):
+    with pytest.raises(ValueError, match=r"encoder\.0\.weight"):
         MaskEncoder.from_pretrained(tmp_path)
     file = tmp_path / DECODER_FILE
     file.write_bytes(file.read_bytes()[:1000])
@@ -562,8 +562,8 @@ def test_shipped_codes_carry_masks_never_seen(shipped):
 
 
 def test_a_mask_becomes_sixteen_codes_and_comes_back(shipped):
-    (thing, *_) = make_scene(VALIDATION_SEEDS[0], 256).objects
-    mask = thing.cropped_mask
+    (item, *_) = make_scene(VALIDATION_SEEDS[0], 256).objects
+    mask = item.cropped_mask
     codes = shipped.encode_mask(mask)
     assert len(codes) == 16 and all(type(code) is int for code in codes)
     with torch.no_grad():

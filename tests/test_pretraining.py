@@ -44,7 +44,7 @@ from vlm.scenes import (
     TRAINING_SEEDS,
     TRAINING_STYLES,
     VALIDATION_SEEDS,
-    all_kinds,
+    all_classes,
     make_scene,
 )
 from vlm.training import SuffixLoss, train
@@ -155,7 +155,7 @@ def test_shape_is_paligemmas_and_fits(world_tokenizer, num_key_value_heads):
 def test_patch_targets_against_counting_pixels():
     scene = make_scene(5, image_size=64)
     targets = patch_targets(scene, 4)
-    names = list(all_kinds())
+    names = list(all_classes())
     shown = 0
     for place in range(16):
         row, column = divmod(place, 4)
@@ -167,7 +167,7 @@ def test_patch_targets_against_counting_pixels():
             assert label == 0 and not box.any() and not mask.any()
             continue
         shown += 1
-        assert names[label - 1] == scene.objects[best].kind
+        assert names[label - 1] == scene.objects[best].label
         center = torch.tensor([column + 0.5, row + 0.5] * 2) / 4
         wanted = torch.tensor(scene.objects[best].box) / 64 - center
         torch.testing.assert_close(box, wanted, atol=1e-6, rtol=0)

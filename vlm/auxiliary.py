@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import PaliGemmaConfig
-from .scenes import Scene, all_kinds
+from .scenes import Scene, all_classes
 
 __all__ = ["PATCH_TARGETS", "patch_targets", "AuxiliaryHeads"]
 
@@ -23,7 +23,7 @@ def patch_targets(
     """What each of side × side patches shows, by the names in `PATCH_TARGETS`.
 
     A patch shows the object that covers most of it, if that is more than
-    `min_fraction` of its pixels. Classes [N] count from 1 in the order of `all_kinds`,
+    `min_fraction` of its pixels. Classes [N] count from 1 as in `all_classes`,
     0 is background. Boxes [N, 4] are (x0, y0, x1, y1) relative to the patch's center,
     in fractions of the picture's side. Masks [N, patch pixels], bool, say which pixels
     are the object's. Boxes and masks are zero for background.
@@ -37,8 +37,8 @@ def patch_targets(
     covered[:, 0] = min_fraction  # what an object has to beat
     best = covered.argmax(axis=1)  # [N]
     is_object = best > 0
-    ids = {name: number for number, name in enumerate(all_kinds(), start=1)}
-    classes = np.array([0, *(ids[thing.kind] for thing in scene.objects)])
+    ids = {name: number for number, name in enumerate(all_classes(), start=1)}
+    classes = np.array([0, *(ids[thing.label] for thing in scene.objects)])
     boxes = np.array([(0.0,) * 4, *(thing.box for thing in scene.objects)]) / size
     x, y = np.meshgrid(*[(np.arange(side) + 0.5) / side] * 2)
     centers = np.stack([x, y, x, y], axis=-1).reshape(-1, 4)  # [N, 4]
@@ -62,10 +62,10 @@ class AuxiliaryHeads(nn.Module):
     def __init__(self, config: PaliGemmaConfig):
         super().__init__()
         width = config.projection_dim
-        self.class_head = nn.Linear(width, 1 + len(all_kinds()))
+        self.class_head = nn.Linear(width, 1 + len(all_classes()))
         self.box_head = nn.Linear(width, 4)
         self.mask_head = nn.Linear(width, config.vision_config.patch_size**2)
-        weight = torch.ones(1 + len(all_kinds()))
+        weight = torch.ones(1 + len(all_classes()))
         weight[0] = BACKGROUND_WEIGHT
         self.register_buffer("class_weight", weight)
 

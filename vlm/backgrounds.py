@@ -5,7 +5,6 @@ Built in notebooks/17_scenes.ipynb: edit it there, then run `make export`.
 
 import math
 import random
-from collections.abc import Sequence
 from functools import cache
 from importlib.resources import files
 
@@ -21,47 +20,40 @@ __all__ = [
 ]  # fmt: skip
 
 PHOTOS = tuple("astronaut brick camera china coffee flower grass gravel".split())
-UNSEEN_PHOTOS = ("chelsea", "rocket")  # never backgrounds: they show one of the kinds
-TRAINING_PHOTO_FRACTION = 2 / 3  # of a photograph's width, from the left
+UNSEEN_PHOTOS = ("chelsea", "rocket")  # never backgrounds: they show an object class
+TRAINING_PHOTO_FRACTION = 2 / 3  # of the width; the rest is for evaluation
 
 
 @cache
 def load_photo(name: str) -> Image.Image:
-    """One of the photographs in `vlm/assets/photos`, as an RGB image.
-
-    Raises FileNotFoundError for an unknown name.
-    """
-    with (files("vlm") / "assets" / "photos" / f"{name}.jpg").open("rb") as file:
-        return Image.open(file).convert("RGB")
+    """A photograph of `vlm/assets/photos` in RGB; FileNotFoundError for another."""
+    return Image.open(files("vlm") / "assets/photos" / f"{name}.jpg").convert("RGB")
 
 
 def _random_color(rng: random.Random) -> tuple[int, int, int]:
     return (rng.randrange(256), rng.randrange(256), rng.randrange(256))
 
 
-def _blend(
-    start: Sequence[int], end: Sequence[int], weight: Float[np.ndarray, "S S"]
-) -> Image.Image:
+def _blend(start, end, weight: Float[np.ndarray, "S S"]) -> Image.Image:
     """The first color where `weight` is 0, the second where it is 1."""
-    channels = [(a + (b - a) * weight).astype(np.uint8) for a, b in zip(start, end)]
-    return Image.fromarray(np.dstack(channels))  # [S, S, 3]
+    pixels = start + np.subtract(end, start) * weight[..., None]  # [S, S, 3]
+    return Image.fromarray(pixels.astype(np.uint8))
 
 
-def _gradient(rng: random.Random, image_size: int) -> Image.Image:
+def _gradient(rng: random.Random, side: int) -> Image.Image:
     """One color fades into another, in any direction."""
     start, end = _random_color(rng), _random_color(rng)
     angle = rng.uniform(0, 2 * math.pi)
-    axis = np.linspace(-0.5, 0.5, image_size)
+    axis = np.linspace(-0.5, 0.5, side)
     weight = axis[None, :] * math.cos(angle) + axis[:, None] * math.sin(angle) + 0.5
     return _blend(start, end, weight.clip(0, 1))
 
 
-def _texture(rng: random.Random, image_size: int) -> Image.Image:
+def _texture(rng: random.Random, side: int) -> Image.Image:
     """Blotches of two colors: a few random cells, enlarged smoothly."""
-    cells = rng.choice((4, 8, 16, 32))
+    cells = rng.choice((4, 8, 16, 32))  # from blotches as large as objects to grain
     noise = np.frombuffer(rng.randbytes(cells * cells), np.uint8).reshape(cells, cells)
-    size = (image_size, image_size)
-    blotches = Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
+    blotches = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
     return _blend(_random_color(rng), _random_color(rng), np.asarray(blotches) / 255)
 
 
@@ -89,8 +81,7 @@ def draw_background(
 ) -> Image.Image:
     """A flat color, a gradient, a texture or, twice as often, a crop of a photograph.
 
-    Crops come from the left `photo_fraction` of the width; half are flipped, half
-    blurred.
+    Crops are of the left `photo_fraction` of it; half are flipped, half blurred.
     """
     rng = random.Random(seed)
     style = rng.choice(("flat", "gradient", "texture", "photo", "photo"))
@@ -101,11 +92,12 @@ def draw_background(
     if style == "texture":
         return _texture(rng, image_size)
     photo = _photo_region(rng.choice(PHOTOS), (0.0, 0.0, photo_fraction, 1.0))
-    crop = _random_crop(photo, 0.25, rng, image_size)
+    crop = _random_crop(photo, 0.25, rng, image_size)  # smaller ones show nothing
     if rng.random() < 0.5:
         crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if rng.random() < 0.5:
-        crop = crop.filter(ImageFilter.BoxBlur(rng.uniform(0, image_size / 40)))
+        radius = rng.uniform(0, image_size / 40)  # up to 3 of 128 pixels: out of focus
+        crop = crop.filter(ImageFilter.BoxBlur(radius))
     return crop
 
 
@@ -115,13 +107,13 @@ def photo_crops(
     """Square crops of photographs that no training background shows.
 
     They come from beyond `TRAINING_PHOTO_FRACTION`: the upper half for the split
-    "validation", the lower half for "test". The astronaut is left out: a rocket, one of
-    the kinds, stands behind her. Raises ValueError for another split.
+    "validation", the lower half for "test". Raises ValueError for another split.
     """
     if split not in ("validation", "test"):
         raise ValueError(f'split must be "validation" or "test", not {split!r}')
     top = 0.0 if split == "validation" else 0.5
     region = (TRAINING_PHOTO_FRACTION, top, 1.0, top + 0.5)
+    # Not the astronaut: a rocket, an object class, stands behind her.
     photos = [_photo_region(name, region) for name in PHOTOS if name != "astronaut"]
     rng = random.Random(seed)
     turns = (photos[index % len(photos)] for index in range(num_crops))

@@ -22,7 +22,7 @@ from .processing import PaliGemmaProcessor
 from .questions import (
     EMPTY_CAPTION,
     Question,
-    absent_kind,
+    absent_class,
     caption_question,
     count_question,
     presence_question,
@@ -36,9 +36,9 @@ from .scenes import (
     VALIDATION_SEEDS,
     VALIDATION_STYLE,
     Scene,
-    all_kinds,
+    all_classes,
     make_scene,
-    style_kinds,
+    style_classes,
 )
 from .segmentation import Segmentation, load_mask_decoder, parse_segmentations
 from .weights import load_hf_model, make_processor
@@ -61,7 +61,7 @@ def _scene_questions(scene: Scene, seed: int, classes: Sequence[str]) -> list[Qu
     rng = random.Random(seed)
     present, absent = list(scene.counts), []
     while len(absent) < 2:
-        absent += [kind for kind in [absent_kind(scene, rng)] if kind in classes]
+        absent += [kind for kind in [absent_class(scene, rng)] if kind in classes]
     relations = relation_questions(scene)
     rng.shuffle(relations)
     return [
@@ -128,7 +128,7 @@ def _evaluate_scenes(
             invalid[task] += objects.invalid
             if name not in scene.counts:
                 silent[task].append(not objects)
-    truth = [[Segmentation(o.kind, o.box, o.mask) for o in s.objects] for s in scenes]
+    truth = [[Segmentation(o.label, o.box, o.mask) for o in s.objects] for s in scenes]
     ap = average_precision(found["detect"], truth)  # at ten IoU thresholds
     every_ap = average_precision(found["detect every"], truth)
     alarms = false_alarms(found["detect every"], truth)
@@ -163,7 +163,7 @@ def silent_fraction(answer: _Answerer, images: Sequence[Image.Image]) -> float:
     rng, silent = random.Random(0), 0
     for image in images:
         questions = [Question("caption", "caption en", EMPTY_CAPTION)]
-        for kind in rng.sample(list(all_kinds()), 3):
+        for kind in rng.sample(list(all_classes()), 3):
             questions += [Question(t, f"{t} {kind}", "") for t in ("detect", "segment")]
         rows = answer(image, questions)
         silent += all(r.text == q.answer for r, q in zip(rows, questions, strict=True))
@@ -187,7 +187,7 @@ def evaluate(
         known = " or ".join(SPLITS)
         raise ValueError(f"{num_scenes} scenes of {split!r}: at least 1, of {known}")
     all_seeds, style = SPLITS[split]
-    seeds, classes = all_seeds[:num_scenes], list(all_kinds())
+    seeds, classes = all_seeds[:num_scenes], list(all_classes())
     processor = make_processor(model, tokenizer)
     side = processor.image_size
     scenes = [make_scene(seed, side) for seed in seeds]
@@ -201,7 +201,7 @@ def evaluate(
     silence = {"empty scenes: silent": empty, "photographs: silent": photos}
     columns = {
         "styles trained on": (model_answer, scenes, classes),
-        f"{split} style": (model_answer, styled, style_kinds(style)),
+        f"{split} style": (model_answer, styled, style_classes(style)),
         "without looking": (blind_answer, scenes, classes),
     }
     return {

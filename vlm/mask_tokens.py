@@ -4,10 +4,11 @@ Built in notebooks/19_mask_tokens.ipynb: edit it there, then run `make export`.
 """
 
 import hashlib
+import io
 import os
 import tempfile
-import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,28 +39,24 @@ ENCODER_FILE = "mask_encoder.safetensors"
 def crop_to_square(mask: Bool[np.ndarray, "h w"]) -> Float[Tensor, "1 64 64"]:
     """A mask cut out along its box → 64 × 64 values from -1 (outside) to 1 (inside).
 
-    Both sides are stretched to 64, whatever their ratio. Raises ValueError for what
-    isn't a mask with pixels.
+    Both sides are stretched to 64. Raises ValueError for what isn't a mask with pixels.
     """
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.dtype != bool or mask.size == 0:
-        raise ValueError(
-            f"a mask is a bool array [h, w] with pixels, not {mask.dtype} "
-            f"{list(mask.shape)}"
-        )
-    picture = Image.fromarray(mask.astype(np.uint8) * 255)
-    size = (MASK_SIDE, MASK_SIDE)
-    picture = picture.resize(size, Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(picture, np.float32) / 127.5 - 1)[None]
+        found = f"{mask.dtype} {list(mask.shape)}"
+        raise ValueError(f"a mask is a bool array [h, w] with pixels, not {found}")
+    image = Image.fromarray(mask.astype(np.uint8) * 255)
+    image = image.resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image, np.float32) / 127.5 - 1)[None]
 
 
 def mask_iou(
     a: Bool[Tensor, "*B h w"], b: Bool[Tensor, "*B h w"]
 ) -> Float[Tensor, "*B"]:
     """Intersection over union of masks, pair by pair; 1 where both are empty."""
-    both = (a & b).sum(dim=(-2, -1))  # [*B]
-    either = (a | b).sum(dim=(-2, -1))  # [*B]
-    return torch.where(either == 0, 1.0, both / either.clamp(min=1))
+    intersection = (a & b).sum(dim=(-2, -1))  # [*B]
+    union = (a | b).sum(dim=(-2, -1))  # [*B]
+    return torch.where(union == 0, 1.0, intersection / union.clamp(min=1))
 
 
 class ResidualBlock(nn.Module):
@@ -81,54 +78,16 @@ class ResidualBlock(nn.Module):
 
 
 def _read_npz(path: str | os.PathLike, sha256: str | None) -> dict[str, np.ndarray]:
-    "The arrays of an .npz; ValueError where the file isn't the one with that hash."
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}: give the path of vae-oid.npz")
-    if sha256 is not None:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != sha256.lower():
-            raise ValueError(
-                f"{path} has the SHA-256 {found}, not {sha256}: it is damaged or "
-                "another file; fetch it again"
-            )
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} isn't an .npz file (truncated?): fetch it again")
+    "The arrays of an .npz; ValueError where it is damaged or has another hash."
+    content = Path(path).read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if sha256 is not None and found != sha256.lower():
+        raise ValueError(f"{path}: SHA-256 {found}, not {sha256}; fetch it again")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return dict(arrays)
     except Exception as error:  # of zip, zlib, NumPy or Python's own tokenizer
         raise ValueError(f"{path} can't be read as arrays: {error}") from error
-
-
-def _fill(module: nn.Module, arrays: dict[str, Any], source: Any) -> None:
-    "Copy every tensor of `module` from `arrays`, which may hold others too; strict."
-    wanted = module.state_dict()
-    for name, tensor in wanted.items():
-        if name not in arrays:
-            raise ValueError(
-                f"{source} has no tensor {name}: it isn't the file of a mask model"
-            )
-        if tuple(arrays[name].shape) != tuple(tensor.shape):
-            raise ValueError(
-                f"{name} in {source} has shape {tuple(arrays[name].shape)}, "
-                f"expected {tuple(tensor.shape)}"
-            )
-    module.load_state_dict({name: torch.as_tensor(arrays[name]) for name in wanted})
-
-
-def _save(folder: str | os.PathLike, *parts: "MaskModule") -> None:
-    "Write each part's file; none is replaced before all are complete. Or OSError."
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        for part in parts:
-            tensors = {name: t.contiguous() for name, t in part.state_dict().items()}
-            try:
-                save_file(tensors, Path(scratch, part.file_name), {"format": "pt"})
-            except SafetensorError as error:
-                raise OSError(f"can't write into {folder}: {error}") from error
-        for part in parts:
-            os.replace(Path(scratch, part.file_name), Path(folder, part.file_name))
 
 
 class MaskModule(nn.Module):
@@ -137,36 +96,49 @@ class MaskModule(nn.Module):
     file_name: str
 
     @classmethod
+    def _from_arrays(cls, arrays: Mapping[str, Any], path: str | os.PathLike) -> Self:
+        "Filled strictly from `arrays`, which may hold other tensors, too."
+        module = cls()
+        names = [name for name in module.state_dict() if name in arrays]
+        try:  # the error names each tensor that is missing or doesn't fit
+            module.load_state_dict({n: torch.as_tensor(arrays[n]) for n in names})
+        except RuntimeError as error:
+            raise ValueError(f"{path} isn't a mask model's file: {error}") from error
+        return module.eval()
+
+    @classmethod
     def from_npz(cls, path: str | os.PathLike, sha256: str | None = None) -> Self:
         """Read Google's `vae-oid.npz`, or a file with the same names; no pickle.
 
-        Raises FileNotFoundError, and ValueError for another hash than `sha256`, a
-        missing tensor or a wrong shape.
+        Raises ValueError for another hash, or tensors that are missing or don't fit.
         """
-        module = cls()
-        _fill(module, _read_npz(path, sha256), path)
-        return module.eval()
+        return cls._from_arrays(_read_npz(path, sha256), path)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Self:
         """Read the file that `save_pretrained` wrote; raises as `from_npz` does."""
-        path = Path(folder) / cls.file_name
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"no {cls.file_name} in {folder}: give a folder that save_pretrained "
-                "wrote, or read Google's file with from_npz"
-            )
+        path = Path(folder, cls.file_name)
         try:
-            tensors = load_file(path)
+            return cls._from_arrays(load_file(path), path)
         except SafetensorError as error:
             raise ValueError(f"{path} can't be read (truncated?): {error}") from error
-        module = cls()
-        _fill(module, tensors, path)
-        return module.eval()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write this part's safetensors file into `folder`."""
         _save(folder, self)
+
+
+def _save(folder: str | os.PathLike, *parts: MaskModule) -> None:
+    "Write each part's file; none is replaced before all are complete. Or OSError."
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        for part in parts:
+            try:
+                save_file(part.state_dict(), Path(scratch, part.file_name))
+            except SafetensorError as error:  # a full disk
+                raise OSError(f"can't write into {folder}: {error}") from error
+        for part in parts:
+            os.replace(Path(scratch, part.file_name), Path(folder, part.file_name))
 
 
 class MaskEncoder(MaskModule):
@@ -180,19 +152,11 @@ class MaskEncoder(MaskModule):
 
     def __init__(self):
         super().__init__()
-        self.encoder = nn.Sequential(
-            nn.Conv2d(1, 16, 4, stride=2, padding=1),  # 64 → 32
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 4, stride=2, padding=1),  # → 16
-            nn.ReLU(),
-            nn.Conv2d(32, 64, 4, stride=2, padding=1),  # → 8
-            nn.ReLU(),
-            nn.Conv2d(64, 128, 4, stride=2, padding=1),  # → 4
-            nn.ReLU(),
-            ResidualBlock(128),
-            ResidualBlock(128),
-            nn.Conv2d(128, CODE_WIDTH, 1),
-        )
+        layers = []
+        for before, after in pairwise((1, 16, 32, 64, 128)):  # 64 → 32 → 16 → 8 → 4
+            layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
+        layers += [ResidualBlock(128), ResidualBlock(128)]
+        self.encoder = nn.Sequential(*layers, nn.Conv2d(128, CODE_WIDTH, 1))
 
     def forward(self, masks: Float[Tensor, "B 1 64 64"]) -> Float[Tensor, "B 512 4 4"]:
         """Masks of -1…1 → one vector of 512 a cell."""
@@ -221,35 +185,23 @@ class Codebook(nn.Module):
 
 
 class MaskDecoder(MaskModule):
-    """Sixteen codes → a mask of 64 × 64: the half of the VQ-VAE that answers need.
-
-    Layers and names as in `vae-oid.npz`. The source of both is with MaskEncoder.
-    """
+    """Sixteen codes → a mask of 64 × 64: the half of the VQ-VAE that answers need."""
 
     file_name = DECODER_FILE
 
     def __init__(self):
         super().__init__()
-        self._vq_vae = Codebook()
-        self.decoder = nn.Sequential(
-            nn.Conv2d(CODE_WIDTH, 128, 1),
-            nn.ReLU(),
-            ResidualBlock(128),
-            ResidualBlock(128),
-            nn.ConvTranspose2d(128, 128, 4, stride=2, padding=1),  # 4 → 8
-            nn.ReLU(),
-            nn.ConvTranspose2d(128, 64, 4, stride=2, padding=1),  # → 16
-            nn.ReLU(),
-            nn.ConvTranspose2d(64, 32, 4, stride=2, padding=1),  # → 32
-            nn.ReLU(),
-            nn.ConvTranspose2d(32, 16, 4, stride=2, padding=1),  # → 64
-            nn.ReLU(),
-            nn.Conv2d(16, 1, 1),
-        )
+        self._vq_vae = Codebook()  # its name in Google's file
+        layers = [nn.Conv2d(CODE_WIDTH, 128, 1), nn.ReLU()]
+        layers += [ResidualBlock(128), ResidualBlock(128)]
+        for before, after in pairwise((128, 128, 64, 32, 16)):  # 4 → 8 → 16 → 32 → 64
+            doubling = nn.ConvTranspose2d(before, after, 4, stride=2, padding=1)
+            layers += [doubling, nn.ReLU()]
+        self.decoder = nn.Sequential(*layers, nn.Conv2d(16, 1, 1))
 
     @property
     def codebook(self) -> Codebook:
-        """The table of codes; its name inside is that of Google's file."""
+        """The codes' vectors."""
         return self._vq_vae
 
     def forward(self, codes: Int[Tensor, "B 16"]) -> Float[Tensor, "B 1 64 64"]:
@@ -260,36 +212,31 @@ class MaskDecoder(MaskModule):
         whole = getattr(codes, "dtype", None) in (torch.int64, torch.int32)
         shaped = whole and codes.shape[1:] == (CODES_PER_MASK,)
         if not shaped or ((codes < 0) | (codes >= NUM_SEGS)).any():
-            raise ValueError(
-                f"codes must be a tensor [B, {CODES_PER_MASK}] of whole numbers "
-                f"0…{NUM_SEGS - 1}, not {codes!r:.99}"
-            )
+            wanted = "a tensor [B, 16] of whole numbers 0…127"
+            raise ValueError(f"codes must be {wanted}, not {codes!r:.99}")
         return self.decoder(self.codebook.look_up(codes))
 
 
 class MaskVQVAE(nn.Module):
     """Encoder and decoder with the codebook between them.
 
-    Training moves the codebook to running means, `decay` being the share of the old
-    mean that stays, and revives a code that is chosen less than `dead_threshold`
-    times a batch on average (0: never).
+    Training moves the codebook to running means, `decay` being the fraction of the old
+    mean that stays, and revives a code that is chosen less than `dead_threshold` times
+    a batch on average (0: never).
     Source: van den Oord et al. 2017, the running means in its appendix.
     """
 
     def __init__(
-        self,
-        encoder: MaskEncoder,
-        decoder: MaskDecoder,
-        decay: float = 0.99,
-        dead_threshold: float = 0.1,
+        self, encoder: MaskEncoder, decoder: MaskDecoder, decay=0.99, dead_threshold=0.1
     ):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.decay, self.dead_threshold = decay, dead_threshold
         # Running means of how many vectors chose a code, and of their sum.
         self.register_buffer("counts", torch.ones(NUM_SEGS), persistent=False)
-        sums = decoder.codebook._embedding.clone()
-        self.register_buffer("sums", sums, persistent=False)
+        self.register_buffer(
+            "sums", decoder.codebook._embedding.clone(), persistent=False
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Self:
@@ -304,11 +251,10 @@ class MaskVQVAE(nn.Module):
     def forward(
         self, masks: Float[Tensor, "B 1 64 64"]
     ) -> tuple[Float[Tensor, "B 1 64 64"], Int[Tensor, "B 16"], Float[Tensor, ""]]:
-        """Masks → what comes back, the codes between, and the commitment loss.
+        """Masks → their reconstructions, the codes between, and the commitment loss.
 
-        Gradients jump over the choice of a code: the encoder gets the decoder's as if
-        it had written the code's vector itself (straight-through). In training mode
-        the codebook moves too.
+        Straight-through: the encoder gets the gradient of the decoder's input. In
+        training mode the codebook moves, too.
         """
         features = self.encoder(masks)  # [B, 512, 4, 4]
         codebook = self.decoder.codebook
@@ -326,8 +272,8 @@ class MaskVQVAE(nn.Module):
     ) -> None:
         """Move each code toward the mean of the vectors that chose it.
 
-        A code that is dead, chosen too rarely on average, moves onto a random vector of
-        the batch. Several processes count together; all use the first one's table.
+        Dead ones, chosen too rarely, move onto random vectors of the batch. Several
+        processes count together; all use the first one's codebook.
         """
         vectors = features.flatten(2).transpose(1, 2).flatten(0, 1)  # [B * 16, 512]
         chose = F.one_hot(codes.flatten(), NUM_SEGS).to(vectors.dtype)  # [B * 16, 128]
@@ -360,9 +306,8 @@ def evaluate_reconstruction(
     The masks are cut out along their boxes, each of its own size.
     """
     squares = torch.stack([crop_to_square(mask) for mask in masks])  # [n, 1, 64, 64]
-    squares = squares.to(vqvae.sums.device)
     ious, all_codes = [], []
-    for part in squares.split(64):
+    for part in squares.to(vqvae.sums.device).split(64):  # as many as fit in any memory
         codes = vqvae.decoder.codebook.nearest(vqvae.encoder(part))  # [b, 16]
         drawn = vqvae.decoder(codes)  # [b, 1, 64, 64]
         ious.append(mask_iou(part[:, 0] > 0, drawn[:, 0] > 0))

@@ -30,7 +30,7 @@ from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .prompts import check_decoder, prompt_warnings
 from .sampling import Generation, GenerationConfig
-from .scenes import ASSETS, VALIDATION_SEEDS, all_kinds, make_scene
+from .scenes import ASSETS, VALIDATION_SEEDS, all_classes, make_scene
 from .segmentation import load_mask_decoder
 from .weights import describe_model, load_chosen_model, load_hf_model, make_processor
 
@@ -45,8 +45,8 @@ def shipped_images() -> dict[str, Path]:
 
 def example_prompts(kinds: Sequence[str]) -> list[str]:
     """A prompt of each sort about these kinds of sticker, and one about another."""
-    first, last = all_kinds()[kinds[0]], all_kinds()[kinds[-1]]
-    absent = next(name for name in all_kinds() if name not in kinds)
+    first, last = all_classes()[kinds[0]], all_classes()[kinds[-1]]
+    absent = next(name for name in all_classes() if name not in kinds)
     prompts = ["caption en", f"detect {' ; '.join(kinds[:3])}", f"segment {first.name}"]
     prompts.append(f"answer en how many {first.plural} are there?")
     prompts.append(f"answer en is there {last.with_article}?")

@@ -17,7 +17,7 @@ from .images import image_to_pixels
 from .mask_tokens import MaskVQVAE, crop_to_square
 from .packing import pack_questions
 from .processing import PaliGemmaProcessor
-from .questions import EncodeMask, sample_question
+from .questions import MaskToCodes, sample_question
 from .scenes import TRAINING_SEEDS, TRAINING_STYLES, Scene, make_scene
 
 __all__ = ["TASKS", "encode_masks", "SceneDataset", "collate"]
@@ -28,7 +28,7 @@ EMPTY_PROB = 0.05  # of the scenes: enough to learn that nothing may be there
 
 
 @torch.no_grad()
-def encode_masks(scene: Scene, vqvae: MaskVQVAE) -> EncodeMask:
+def encode_masks(scene: Scene, vqvae: MaskVQVAE) -> MaskToCodes:
     """Encode all masks of a scene in one pass → a function that looks them up."""
     crops = [thing.cropped_mask for thing in scene.objects]
     if not crops:

@@ -1,6 +1,6 @@
 """A byte-pair tokenizer for the sticker world, with PaliGemma's vocabulary layout.
 
-Built in notebooks/17_scenes.ipynb: edit it there, then run `make export`.
+Built in notebooks/18_questions.ipynb: edit it there, then run `make export`.
 """
 
 import random
@@ -14,7 +14,7 @@ from tokenizers.trainers import BpeTrainer
 
 from .processing import IMAGE_TOKEN, NUM_LOCS, NUM_SEGS, loc_token, seg_token
 from .questions import EMPTY_CAPTION, caption_question, relation_questions
-from .scenes import TRAINING_SEEDS, all_kinds, make_scene
+from .scenes import TRAINING_SEEDS, all_classes, make_scene
 
 __all__ = ["tokenizer_corpus", "train_tokenizer"]
 
@@ -22,14 +22,14 @@ __all__ = ["tokenizer_corpus", "train_tokenizer"]
 def tokenizer_corpus(num_scenes: int, seed: int = 0) -> Iterator[str]:
     """The sentences of this world, without loc and seg tokens.
 
-    Every kind in every prompt, then captions and relations of `num_scenes` scenes.
+    Every class in every prompt, then captions and relations of `num_scenes` scenes.
     """
     rng = random.Random(seed)
-    for kind in all_kinds().values():
-        yield f"detect {kind.name} ; {kind.name}\n"
-        yield f"segment {kind.name} ; {kind.name}\n"
-        yield f"answer en how many {kind.plural} are there?\n"
-        yield f"answer en is there {kind.with_article}?\n"
+    for one in all_classes().values():
+        yield f"detect {one.name} ; {one.name}\n"
+        yield f"segment {one.name} ; {one.name}\n"
+        yield f"answer en how many {one.plural} are there?\n"
+        yield f"answer en is there {one.with_article}?\n"
     for _ in range(num_scenes):
         scene = make_scene(rng.choice(TRAINING_SEEDS), image_size=32)
         for question in [caption_question(scene), *relation_questions(scene)]:
@@ -41,7 +41,6 @@ def tokenizer_corpus(num_scenes: int, seed: int = 0) -> Iterator[str]:
 
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>"]  # ids 0, 1, 2, 3
-BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 # A word with the space before it; digits and newlines stand alone.
 WORD = Regex(r"▁?\p{L}+|\n|\p{N}|▁?[^▁\p{L}\p{N}\n]+|▁")
 
@@ -50,16 +49,15 @@ def train_tokenizer(sentences: Iterable[str], num_pieces: int = 1024) -> Tokeniz
     """A byte-pair tokenizer laid out like PaliGemma's: vocabulary, loc, seg, image.
 
     At most `num_pieces` tokens come before `<loc0000>`, special and byte tokens among
-    them. As in Gemma's tokenizer, a space becomes "▁" and belongs to the word after it,
-    and unseen characters fall back to bytes, so any prompt has ids.
-    Source: Sennrich et al. 2016 (BPE); byte fallback as in SentencePiece.
+    them. Source: Sennrich et al. 2016 (BPE); byte fallback as in SentencePiece.
     """
     learner = Tokenizer(BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     learner.normalizer = Replace(" ", "▁")
     learner.pre_tokenizer = Split(WORD, "isolated")
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = BpeTrainer(
         vocab_size=num_pieces,
-        special_tokens=[*SPECIAL_TOKENS, *BYTE_TOKENS],  # the first ids
+        special_tokens=[*SPECIAL_TOKENS, *byte_tokens],  # the first ids
         initial_alphabet=[chr(code) for code in range(33, 127)] + ["▁", "\n"],
         show_progress=False,
     )
@@ -67,13 +65,13 @@ def train_tokenizer(sentences: Iterable[str], num_pieces: int = 1024) -> Tokeniz
     tokenizer = Tokenizer(learner.model)  # here byte tokens are ordinary vocabulary
     tokenizer.normalizer = learner.normalizer
     tokenizer.pre_tokenizer = learner.pre_tokenizer
+    to_spaces = decoders.Replace("▁", " ")
     tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        [to_spaces, decoders.ByteFallback(), decoders.Fuse()]
     )
-    added = [*SPECIAL_TOKENS, *map(loc_token, range(NUM_LOCS))]
-    added += [*map(seg_token, range(NUM_SEGS)), IMAGE_TOKEN]
-    special = {*SPECIAL_TOKENS, IMAGE_TOKEN}
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    added = [*map(loc_token, range(NUM_LOCS)), *map(seg_token, range(NUM_SEGS))]
     # Not normalized: found in the raw text, before it is split into words.
-    tokens = [AddedToken(t, normalized=False, special=t in special) for t in added]
-    tokenizer.add_tokens(tokens)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
+    tokenizer.add_special_tokens([IMAGE_TOKEN])
     return tokenizer
