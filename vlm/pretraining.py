@@ -107,8 +107,8 @@ class PretrainingConfig(TrainingConfig):
     # Many codes draw nearly the same outline.
     seg_targets: str = setting("soft", "of seg tokens", choices=("soft", "hard"))
     # Neighbors begin as neighbors.
-    loc_init: str = setting("fourier", "of locs", choices=("fourier", "random"))
-    position_init: str = setting("sincos", "of patches", choices=("sincos", "random"))
+    loc_init: str = setting("fourier", "of loc tokens", choices=("fourier", "random"))
+    position_init: str = setting("sincos", "of positions", choices=("sincos", "random"))
     # PaliGemma's own number.
     num_key_value_heads: int = setting(1, "of the decoder", choices=(1, 2, 4))
     mask_tokens: str = setting("", "folder with other mask tokens than the embedded")
