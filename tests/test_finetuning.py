@@ -18,15 +18,18 @@ from reference import close, random_inputs, randomize, run_in_two_processes, tin
 from torch import nn
 
 from vlm import inference
-from vlm.adapters import (
+from vlm.finetuning import (
     ALL_BUT_VISION,
+    FineTuningConfig,
+    _write_card,
     enable_gradient_checkpointing,
+    finetune,
+    main,
     match_parameters,
     merge_adapters,
     save_adapter,
     set_trainable,
 )
-from vlm.finetuning import FineTuningConfig, _write_card, finetune, main
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
 from vlm.rows import (
@@ -528,7 +531,7 @@ def test_the_flag_turns_on_gradient_checkpointing(checkpoints, folder, monkeypat
         calls.append(layer)
         return layer(*args)
 
-    monkeypatch.setattr("vlm.adapters.checkpoint", recompute)
+    monkeypatch.setattr("vlm.finetuning.checkpoint", recompute)
     assert run(checkpoints / "float32", "--stop_after", "1") == 0 and not calls
     words = ["--output", "other", "--stop_after", "1", "--gradient_checkpointing"]
     assert run(checkpoints / "float32", *words) == 0 and calls

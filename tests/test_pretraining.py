@@ -12,7 +12,6 @@ from reference import ROOT, run_in_two_processes
 from torch.nn import functional as F
 
 from vlm import pretraining, scene_dataset
-from vlm.auxiliary import BACKGROUND_WEIGHT, AuxiliaryHeads, patch_targets
 from vlm.backgrounds import TRAINING_PHOTO_FRACTION
 from vlm.config import PaliGemmaConfig
 from vlm.hub import EMBEDDED
@@ -27,7 +26,9 @@ from vlm.initialization import (
 from vlm.mask_tokens import MaskDecoder, MaskEncoder, MaskVQVAE
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.pretraining import (
+    BACKGROUND_WEIGHT,
     BOX_WEIGHT,
+    AuxiliaryHeads,
     PretrainingConfig,
     PretrainingObjective,
     main,
@@ -39,7 +40,13 @@ from vlm.pretraining import (
 from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
 from vlm.questions import EMPTY_CAPTION, sample_question
 from vlm.runs import run_folder
-from vlm.scene_dataset import TASKS, SceneDataset, collate, encode_masks
+from vlm.scene_dataset import (
+    TASKS,
+    SceneDataset,
+    collate,
+    encode_masks,
+    patch_targets,
+)
 from vlm.scenes import (
     TRAINING_SEEDS,
     TRAINING_STYLES,

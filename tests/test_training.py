@@ -487,9 +487,16 @@ def test_a_run_that_was_trained_but_not_published_goes_on(tmp_path):
 # Several processes
 
 
+def test_every_process_has_the_whole_log_and_one_writes_it(output, monkeypatch):
+    whole, former = run()[0], contents(run_folder(output))
+    monkeypatch.setattr(Accelerator, "is_main_process", False)
+    assert run(output, resume=True)[0] == whole
+    assert contents(run_folder(output)) == former
+
+
 def test_a_batch_that_processes_cant_share(monkeypatch):
     monkeypatch.setattr(Accelerator, "num_processes", 3)
-    with pytest.raises(ValueError, match="3 processes .* batch of 4"):
+    with pytest.raises(ValueError, match="batch size .4. .* processes .3."):
         run()
 
 

@@ -1,17 +1,18 @@
-"""Fine-tuning: settings, the run from a folder of rows to a checkpoint, its card.
+"""Fine-tuning: what is trained, the run from rows to a checkpoint, its model card.
 
 Built in notebooks/25_finetuning.ipynb: edit it there, then run `make export`.
 """
 
 import math
 import random
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import partial
-from importlib.resources import files as package_files
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,100 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from huggingface_hub import ModelCard, ModelCardData
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Subset
 
-from .adapters import (
-    ALL_BUT_VISION,
-    enable_gradient_checkpointing,
-    merge_adapters,
-    save_adapter,
-    set_trainable,
-)
-from .hub import EMBEDDED, parse_hub_id, require_space
+from .hub import ADAPTER_CONFIG, ADAPTER_FILE, EMBEDDED, parse_hub_id, require_space
+from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .rows import Row, read_splits
-from .runs import TrainingLog, check_output, publish, run_command, run_folder, setting
+from .runs import publish, run_command, run_folder, setting
 from .training import SuffixLoss, TrainingConfig, make_accelerator, train
 from .weights import load_hf_model, make_processor, save_hf_model
 
-# What may change when a run is resumed; of the rows, their hash must stay the same.
-_FREE = ("data", "save_adapter", "gradient_checkpointing")
-_MIXED_PRECISION = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+ALL_BUT_VISION = ("language_model.*", "multi_modal_projector.*")
+
+
+def match_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the parameters that a pattern like `*.self_attn.*` matches.
+
+    The output head is the embedding and isn't listed again. ValueError for a pattern
+    that matches nothing.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"no parameter is named like {pattern!r}; try {names[-2]}")
+    return [n for n in names if any(fnmatchcase(n, pattern) for pattern in patterns)]
+
+
+def set_trainable(
+    model: nn.Module, patterns: Sequence[str], lora_rank: int = 0
+) -> nn.Module | None:
+    """Freeze all but what `patterns` match; with a rank, all but LoRA adapters there.
+
+    What is trained becomes float32. Frozen matrices keep their dtype; vectors, a few
+    thousandths of the whole, become float32 too, because norms want one dtype. Returns
+    peft's adapters (α = 2r), for `merge_adapters`. Source: Hu et al. 2022.
+    """
+    adapters, names = None, {*match_parameters(model, patterns)}
+    if lora_rank:
+        from peft import LoraConfig, get_peft_model  # slow to import: only when needed
+
+        linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+        targets = [name for name in linear if f"{name}.weight" in names]
+        if not targets:
+            raise ValueError("LoRA works on linear layers, and no pattern matches one")
+        scale = {"r": lora_rank, "lora_alpha": 2 * lora_rank}
+        adapters = get_peft_model(model, LoraConfig(target_modules=targets, **scale))
+    for name, parameter in model.named_parameters():
+        if adapters is None:
+            parameter.requires_grad_(name in names)
+        if parameter.requires_grad or parameter.ndim < 2:
+            parameter.data = parameter.data.float()
+    return adapters
+
+
+def merge_adapters(
+    model: nn.Module, adapters: nn.Module | None, dtype: torch.dtype
+) -> None:
+    """Undo `set_trainable`: adapters added to their weights, everything in `dtype`."""
+    if adapters is not None:
+        adapters.merge_and_unload()
+    model.to(dtype).requires_grad_(True).eval()
+
+
+def save_adapter(adapters: nn.Module, folder: Path, base: str) -> None:
+    """Write the adapters alone, in peft's layout; `base`: the model's folder or hub id.
+
+    Layers are named as in transformers' model, so that peft finds them there, too.
+    """
+    from peft import get_peft_model_state_dict
+
+    ours = r"(language_model|vision_tower|multi_modal_projector)(\.(vision_)?model)?\."
+    saved = get_peft_model_state_dict(adapters, save_embedding_layers=False)
+    tensors = {re.sub(ours, r"model.\1.", name): t for name, t in saved.items()}
+    layers = {name.partition(".lora_")[0] for name in tensors}
+    config = adapters.peft_config["default"]
+    config.base_model_name_or_path, config.revision = parse_hub_id(base) or (base, None)
+    config.target_modules = {name.removeprefix("base_model.model.") for name in layers}
+    shutil.rmtree(folder, ignore_errors=True)
+    config.save_pretrained(folder)
+    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_FILE)  # for all to read
+
+
+def enable_gradient_checkpointing(model: PaliGemmaForConditionalGeneration) -> None:
+    """Let the backward pass recompute each layer's activations instead of keeping them.
+
+    Same gradients, one forward pass more. Source: Chen et al. 2016.
+    """
+    layers = [*model.vision_tower.vision_model.encoder.layers]
+    layers += model.language_model.model.layers
+    for layer in layers:  # an attribute of the object hides the method of its class
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 @dataclass(kw_only=True)
@@ -47,9 +122,7 @@ class FineTuningConfig(TrainingConfig):
 
     data: str = setting("", "folder with images and a .jsonl file, or that file")
     model_path: str = setting("", "folder or hub id; empty: the embedded model")
-    train: Sequence[str] = setting(
-        ALL_BUT_VISION, "patterns of parameters, in quotes", type=str, nargs="+"
-    )
+    train: Sequence[str] = setting(ALL_BUT_VISION, "name patterns", type=str, nargs="+")
     lora_rank: int = setting(0, "less memory: train adapters of this rank; 0: none")
     save_adapter: bool = setting(False, "write the adapters alone, in peft's layout")
     learning_rate: float = setting(0.0, "peak; 0: 1e-5, or 2e-4 with LoRA")
@@ -67,8 +140,6 @@ class FineTuningConfig(TrainingConfig):
         super().__post_init__()
         if not self.data:
             raise ValueError("data is missing: give a folder of images and rows")
-        if self.epochs < 1:
-            raise ValueError("epochs must be at least 1")
         if self.save_adapter and not self.lora_rank:
             raise ValueError("save_adapter needs adapters: give a lora_rank, like 8")
         for name in ("data", "model_path"):  # to be found from anywhere
@@ -94,8 +165,7 @@ def _validate(
     sums = torch.zeros(2, device=shared.device)
     for start in range(0, len(mine), size):
         batch = send_to_device(collate(mine[start : start + size]), shared.device)
-        with shared.autocast():
-            sums += torch.cat([objective(batch).float(), objective.counts(batch)])
+        sums += torch.cat([objective(batch), objective.counts(batch)])
     total, count = shared.reduce(sums, "sum").tolist()
     return {"validation_loss": total / count}
 
@@ -114,7 +184,7 @@ def finetune(
     """
     # Read and check, cheap things first
     output = Path(output).expanduser()
-    check_output(output, {}, resume)
+
     splits = read_splits(config.data, config.validation_fraction, config.seed)
     training, validation, files = splits
     device, dtype = make_accelerator().device, config.dtype
@@ -122,20 +192,20 @@ def finetune(
         dtype = "16-bit"  # as in `choose_dtype`; elsewhere, as weights are stored
     model, tokenizer = load_hf_model(config.model_path or None, device, dtype)
     processor, dtype = make_processor(model, tokenizer), model.dtype
-    positions = model.config.text_config.max_position_embeddings
+    limit = model.config.text_config.max_position_embeddings
     for row in training + validation:
         ids = processor.encode_prefix(row.prefix) + processor.encode_suffix(row.suffix)
-        if len(ids) > positions:
-            limit = f"the model has {positions} positions"
-            raise ValueError(f"{row.where}: {len(ids)} tokens, but {limit}: shorten it")
+        if len(ids) > limit:
+            raise ValueError(f"{row.where}: {len(ids)} tokens, but {limit} positions")
     config = replace(config, dtype=str(dtype).removeprefix("torch."))
-    mixed_precision = _MIXED_PRECISION.get(config.dtype)
+    formats = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+    mixed_precision = formats.get(config.dtype)
     if mixed_precision is None or mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError(f"no training in {config.dtype} here: give --dtype bfloat16")
     config.mixed_precision = mixed_precision
     config.steps = math.ceil(config.epochs * len(training) / config.batch_size)
     config.eval_every = math.ceil(len(training) / config.batch_size)
-    accelerator = make_accelerator(config.mixed_precision)
+    accelerator = make_accelerator(mixed_precision)
     torch.manual_seed(config.seed)  # of the adapters' initial values
     adapters = set_trainable(model, config.train, config.lora_rank)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -158,30 +228,26 @@ def finetune(
         *(objective, Subset(training, order), collate, config),
         *(output, resume, stop_after),
         evaluate=lambda step: _validate(*evaluated),
-        about={"rows": files},
-        free=_FREE,
+        about={"rows": files},  # the data may move, not change
+        free=("data", "save_adapter", "gradient_checkpointing"),
         accelerator=accelerator,
     )
     if stop_after is not None and stop_after < config.steps:
         return log
 
     # Merge, round to the checkpoint's dtype, validate what is written, and write it
-    folder, is_main = run_folder(output) / "result", accelerator.is_main_process
-    try:
-        if is_main and config.save_adapter:
-            save_adapter(adapters, folder, config.model_path or EMBEDDED.name)
-        merge_adapters(model, adapters, dtype)
-        log.append({"step": config.steps, **_validate(*evaluated)})
-        if is_main:
-            if not config.save_adapter:
-                save_hf_model(model, tokenizer, folder)
-            facts = {"splits": splits, "num_trained": num_trained, "log": log}
-            _write_card(folder, config, name=output.name, **facts)
-            TrainingLog(run_folder(output), config.steps).write(**log[-1])
-            publish(output)
-    except OSError as error:
-        raise OSError(f"{error}; all is trained: --resume writes it") from error
-    accelerator.wait_for_everyone()
+    def write(folder: Path) -> None:
+        if not config.save_adapter:
+            save_hf_model(model, tokenizer, folder)
+        facts = {"splits": splits, "num_trained": num_trained, "log": log}
+        _write_card(folder, config, name=output.name, **facts)
+
+    if config.save_adapter and accelerator.is_main_process:
+        base = config.model_path or EMBEDDED.name
+        save_adapter(adapters, run_folder(output) / "result", base)
+    merge_adapters(model, adapters, dtype)
+    log.append({"step": config.steps, **_validate(*evaluated)})
+    publish(output, log, write)
     return log
 
 
@@ -196,7 +262,7 @@ def _write_card(folder: Path, config: FineTuningConfig, **facts: Any) -> None:
     with suppress(Exception):  # no card, a broken one, no network to ask for it
         license = license or ModelCard.load(hub_id or base / "README.md").data.license
     training, validation, _ = facts["splits"]
-    assets = Path(str(package_files("vlm"))) / "assets" / "finetuned"
+    assets = EMBEDDED.parents[1] / "assets" / "finetuned"
     card = ModelCard.from_template(
         ModelCardData(license=license, base_model=hub_id),
         str(assets / "card.md"),
@@ -211,13 +277,10 @@ def _write_card(folder: Path, config: FineTuningConfig, **facts: Any) -> None:
 
 
 _ABOUT = """
-Fine-tune a PaliGemma on a folder of yours: images, and a .jsonl file with a line for
-each example:
+Fine-tune a PaliGemma on a folder: images, and a .jsonl file with a line an example:
   {"image": "a.png", "prefix": "caption en", "suffix": "an owl on a roof"}
-The right suffix may be "", as where nothing is to be detected. A part of the images is
-for validation, unless there are two files: train.jsonl and valid.jsonl, or one in each
-of two folders of these names. The result is a checkpoint with a model card.
-
+The suffix may be "", as where nothing is to be detected. A part of the images is for
+validation, unless there are two files, train.jsonl and valid.jsonl, or two folders.
 Without --model_path the embedded model learns, with a --learning_rate near 3e-4, or
 3e-3 with LoRA. For the real one, on one GPU or on several (accelerate launch -m …):
   python -m vlm.finetuning --data folder --output mine --lora_rank 8
@@ -230,13 +293,12 @@ ACCELERATE_USE_CPU=true leaves a GPU alone.
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, as `run_command`."""
 
-    def run(config: FineTuningConfig, output: Path, *when: Any) -> str:
+    def run(config: FineTuningConfig, output: Path, *when: Any) -> str | None:
         log = finetune(config, output, *when)
         if not output.exists():
-            return f"stopped at step {log[-1]['step']}: go on with --resume"
-        before, after = (log[i]["validation_loss"] for i in (0, -1))
-        change = f"validation loss {before:.4g} before, {after:.4g} after"
-        return f"{change}; checkpoint and model card in {output}"
+            return None
+        before, after = (f"{log[i]['validation_loss']:.4g}" for i in (0, -1))
+        return f"validation loss {before} before, {after} after; result in {output}"
 
     return run_command(_ABOUT, FineTuningConfig, run, argv)
 

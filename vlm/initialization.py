@@ -82,25 +82,15 @@ def embedded_config(tokenizer: object, num_key_value_heads: int = 1) -> PaliGemm
     As in PaliGemma, one key/value head serves all query heads, and `head_dim` isn't
     hidden_size / num_attention_heads.
     """
+    vision = dict(image_size=128, patch_size=16, num_hidden_layers=6)
+    vision |= dict(hidden_size=160, intermediate_size=640, num_attention_heads=5)
+    text = dict(hidden_size=128, intermediate_size=384, num_hidden_layers=6)
+    text |= dict(num_attention_heads=4, num_key_value_heads=num_key_value_heads)
+    text |= dict(head_dim=64, max_position_embeddings=512)
+    text |= dict(vocab_size=math.ceil(len(tokenizer) / 64) * 64)  # as PaliGemma pads it
     return PaliGemmaConfig(
-        vision_config={
-            "hidden_size": 160,
-            "intermediate_size": 640,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 5,
-            "image_size": 128,
-            "patch_size": 16,
-        },
-        text_config={
-            "vocab_size": math.ceil(len(tokenizer) / 64) * 64,  # as PaliGemma pads it
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": num_key_value_heads,
-            "head_dim": 64,
-            "max_position_embeddings": 512,
-        },
+        vision_config=vision,
+        text_config=text,
         projection_dim=128,
         image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         pad_token_id=tokenizer.pad_token_id,

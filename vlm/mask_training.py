@@ -20,9 +20,9 @@ from .mask_tokens import (
     crop_to_square,
     evaluate_reconstruction,
 )
-from .runs import publish, run_command, run_folder, setting
+from .runs import publish, run_command, setting
 from .scenes import TRAINING_SEEDS, TRAINING_STYLES, VALIDATION_SEEDS, make_scene
-from .training import Objective, TrainingConfig, make_accelerator, train
+from .training import Objective, TrainingConfig, train
 
 
 class MaskObjective(Objective):
@@ -76,14 +76,13 @@ def train_mask_tokens(
     output: Path,
     resume: bool = False,
     stop_after: int | None = None,
-) -> str:
+) -> str | None:
     """A mask encoder and decoder, made from nothing, in `output`; says where they are.
 
     The log has the mean IoU of validation masks and how many codes they use.
     """
     torch.manual_seed(config.seed)
     vqvae = MaskVQVAE(MaskEncoder(), MaskDecoder())
-    accelerator = make_accelerator(config.mixed_precision)
     scenes = [make_scene(seed) for seed in VALIDATION_SEEDS[:50]]
     masks = [thing.cropped_mask for scene in scenes for thing in scene.objects]
 
@@ -92,13 +91,10 @@ def train_mask_tokens(
         return {"mean_iou": ious.mean().item(), "codes_used": codes.unique().numel()}
 
     run = (MaskObjective(vqvae), MaskDataset(), torch.cat, config, output)
-    options = {"evaluate": evaluate, "accelerator": accelerator}
-    train(*run, resume, stop_after, **options)
-    if stop_after and stop_after < config.steps:
-        return f"stopped at step {stop_after}: --resume goes on"
-    if accelerator.is_main_process:
-        vqvae.save_pretrained(run_folder(output) / "result")
-        publish(output)
+    log = train(*run, resume, stop_after, evaluate=evaluate)
+    if log[-1]["step"] < config.steps:
+        return None
+    publish(output, log, vqvae.save_pretrained)
     return f"mask encoder and decoder in {output}"
 
 

@@ -11,12 +11,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import ModelCard
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .auxiliary import AuxiliaryHeads
+from .config import PaliGemmaConfig
 from .hub import EMBEDDED
 from .initialization import new_model
 from .mask_tokens import Codebook, MaskDecoder, MaskVQVAE
@@ -24,17 +23,58 @@ from .packing import packed_mask
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import NUM_LOCS, NUM_SEGS, PaliGemmaProcessor, loc_token, seg_token
 from .questions import sample_question
-from .runs import publish, run_command, run_folder, setting
+from .runs import publish, run_command, setting
 from .scene_dataset import TASKS, SceneDataset, collate, encode_masks
-from .scenes import ASSETS, VALIDATION_SEEDS, make_scene
-from .training import (
-    Objective,
-    TrainingConfig,
-    learning_rate_at,
-    make_accelerator,
-    train,
-)
+from .scenes import ASSETS, VALIDATION_SEEDS, all_classes, make_scene
+from .training import Objective, TrainingConfig, learning_rate_at, train
 from .weights import load_hf_model, make_processor, save_hf_model
+
+BACKGROUND_WEIGHT = 0.2  # in the class loss: most patches show nothing
+
+
+class AuxiliaryHeads(nn.Module):
+    """Three linear maps from an image feature to what its patch shows.
+
+    They make the image encoder learn from every patch, and are thrown away afterwards.
+    """
+
+    names = ("class", "box", "mask")
+
+    def __init__(self, config: PaliGemmaConfig):
+        super().__init__()
+        width, num_classes = config.projection_dim, 1 + len(all_classes())
+        self.class_head = nn.Linear(width, num_classes)
+        self.box_head = nn.Linear(width, 4)
+        self.mask_head = nn.Linear(width, config.vision_config.patch_size**2)
+        weight = torch.ones(num_classes)
+        weight[0] = BACKGROUND_WEIGHT
+        self.register_buffer("class_weight", weight)
+
+    def counts(self, classes: Int[Tensor, "B N"]) -> Float[Tensor, "3"]:
+        """What each loss is a mean over: weighted patches, then objects' patches."""
+        num_shown = (classes > 0).sum()
+        return torch.stack([self.class_weight[classes].sum(), num_shown, num_shown])
+
+    def forward(
+        self, features: Float[Tensor, "B N D"], targets: dict[str, Tensor]
+    ) -> Float[Tensor, "3"]:
+        """Sums of three losses: cross-entropy, L1 distance, cross-entropy a pixel.
+
+        `targets`: as from `patch_targets`, each with a batch dimension.
+        """
+        classes, shown = targets["patch_classes"], targets["patch_classes"] > 0
+        logits = self.class_head(features).float()  # [B, N, 1 + classes]
+        class_loss = F.cross_entropy(
+            logits.transpose(1, 2), classes, self.class_weight, reduction="sum"
+        )
+        features = features[shown]  # [n, D]
+        boxes, masks = targets["patch_boxes"][shown], targets["patch_masks"][shown]
+        box_loss = F.l1_loss(self.box_head(features).float(), boxes, reduction="none")
+        mask_loss = F.binary_cross_entropy_with_logits(
+            self.mask_head(features).float(), masks.float(), reduction="none"
+        )
+        sums = [loss.mean(dim=1).sum() for loss in (box_loss, mask_loss)]
+        return torch.stack([class_loss, *sums])
 
 
 @dataclass(kw_only=True)
@@ -55,7 +95,9 @@ class PretrainingConfig(TrainingConfig):
     weight_decay: float = setting(0.05, "of matrices; vectors have none")
     num_workers: int = setting(2, "processes that draw scenes")
     # One of each task: a picture costs more than a question.
-    questions_per_image: int = setting(6, "packed into one row; 1: no packing")
+    questions_per_image: int = setting(
+        len(TASKS), "packed into one row", choices=range(1, len(TASKS) + 1)
+    )
     # There are three; together they weigh about as much as the text.
     auxiliary_weight: float = setting(0.3, "of the auxiliary losses; 0: none of them")
     # Which pixels are the object's: what `segment` will be asked.
@@ -63,27 +105,17 @@ class PretrainingConfig(TrainingConfig):
     # Four of ten suffix tokens are seg tokens, and each of them matters little.
     seg_weight: float = setting(0.5, "of a seg token; any other token of a suffix: 1")
     # Many codes draw nearly the same outline.
-    seg_targets: str = setting("soft", "soft, or hard: one right code")
+    seg_targets: str = setting("soft", "of seg tokens", choices=("soft", "hard"))
     # Neighbors begin as neighbors.
-    loc_init: str = setting("fourier", "of loc embeddings: fourier or random")
-    position_init: str = setting("sincos", "of patch positions: sincos or random")
+    loc_init: str = setting("fourier", "of loc tokens", choices=("fourier", "random"))
+    position_init: str = setting("sincos", "of positions", choices=("sincos", "random"))
     # PaliGemma's own number.
-    num_key_value_heads: int = setting(1, "of the decoder: 1, 2 or 4")
+    num_key_value_heads: int = setting(1, "of the decoder", choices=(1, 2, 4))
     mask_tokens: str = setting("", "folder with other mask tokens than the embedded")
     evaluation_scenes: int = setting(500, "in the model card's table; 0: no table")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (
-            ("questions_per_image", range(1, len(TASKS) + 1)),
-            ("seg_targets", ("soft", "hard")),
-            ("loc_init", ("fourier", "random")),
-            ("position_init", ("sincos", "random")),
-            ("num_key_value_heads", (1, 2, 4)),
-        ):
-            value = getattr(self, name)
-            if value not in allowed:
-                raise ValueError(f"{name}={value!r} is not one of {[*allowed]}")
         if self.vision_steps >= self.steps:
             raise ValueError(
                 f"vision_steps={self.vision_steps} must be below steps={self.steps}"
@@ -246,7 +278,7 @@ def write_card(folder: Path, name: str, config: PretrainingConfig) -> None:
         vision_steps=config.vision_steps,
         other_steps=config.steps - config.vision_steps,
     )
-    ModelCard(card).save(folder / "README.md")
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def run(
@@ -255,7 +287,7 @@ def run(
     resume: bool = False,
     stop_after: int | None = None,
     evaluate: Callable[[Path, int], None] | None = None,
-) -> str:
+) -> str | None:
     """Make the embedded model in `output`; returns what to tell the user.
 
     `evaluate(folder, scenes)` writes the model card's table. Raises as `train`, and
@@ -272,27 +304,26 @@ def run(
     )
     processor = make_processor(model, tokenizer)
     first_seg = tokenizer.convert_tokens_to_ids(seg_token(0))
-    accelerator = make_accelerator(config.mixed_precision)
     objective = PretrainingObjective(model, codebook, first_seg, config)
     vision_only = config.vision_steps * config.batch_size
     dataset = SceneDataset(processor, vqvae, vision_only, config.questions_per_image)
-    train(
+    log = train(
         *(objective, dataset, collate, config, output, resume, stop_after),
         schedule=partial(two_phase_schedule, config=config),
         evaluate=lambda step: validation_losses(model, processor, vqvae),
         about={"codebook": hashlib.sha256(codebook._embedding.numpy()).hexdigest()},
         free=("mask_tokens", "evaluation_scenes"),
-        accelerator=accelerator,
     )
-    if stop_after and stop_after < config.steps:
-        return f"stopped at step {stop_after}: --resume goes on"
-    if accelerator.is_main_process:
-        result = run_folder(output) / "result"
-        save_hf_model(model, tokenizer, result, companions_from=masks)
-        write_card(result, output.name, config)
+    if log[-1]["step"] < config.steps:
+        return None
+
+    def write(folder: Path) -> None:
+        save_hf_model(model, tokenizer, folder, companions_from=masks)
+        write_card(folder, output.name, config)
         if evaluate and config.evaluation_scenes:
-            evaluate(result, config.evaluation_scenes)
-        publish(output)
+            evaluate(folder, config.evaluation_scenes)
+
+    publish(output, log, write)
     return f"model, mask tokens, log and model card in {output}"
 
 

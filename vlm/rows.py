@@ -42,14 +42,14 @@ def _check_objects(prefix: str, suffix: str) -> None:
         has_codes = found and (found[2] or task == "detect")
         if not has_codes or not locs_to_box(found[1], 1, 1):
             raise ValueError(
-                f"{text!r:.60} is not a valid object: four loc tokens y0 x0 y1 x1 that "
-                "end past their start, sixteen seg tokens (detect: or none), a label, "
-                "and ' ; ' between objects"
+                f"{text!r:.60} is not a valid object: four loc tokens y0 x0 y1 x1, "
+                "sixteen seg tokens (detect: or none), a label; ' ; ' between objects"
             )
 
 
-def _make_row(values: object, folder: Path, where: str) -> Row:
-    "A line's JSON → its row; ValueError for what is wrong with it."
+def _make_row(line: str, folder: Path, where: str) -> Row:
+    "A line of JSON → its row; ValueError for what is wrong with it."
+    values = json.loads(line)
     if not isinstance(values, dict) or {*values} != {"image", "prefix", "suffix"}:
         wanted = '{"image": "a.png", "prefix": "caption en", "suffix": "an owl"}'
         raise ValueError(f"a row is an object like {wanted}, not {values!r:.200}")
@@ -71,14 +71,13 @@ def read_rows(labels: Path) -> list[Row]:
         for number, line in enumerate(labels.read_text("utf-8-sig").split("\n"), 1):
             if line.strip():
                 where = f"{Path(*labels.parts[-2:])} line {number}"
-                rows.append(_make_row(json.loads(line), labels.parent, where))
+                rows.append(_make_row(line, labels.parent, where))
                 if rows[-1].image not in readable:
                     load_image(rows[-1].image)
                     readable.add(rows[-1].image)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: {error}") from error
+        what = "not valid JSON: " * isinstance(error, json.JSONDecodeError)
+        raise ValueError(f"{where}: {what}{error}") from error
     if not rows:
         raise ValueError(f"{labels} holds no rows")
     return rows
@@ -104,10 +103,8 @@ def train_validation_split(
     chosen = chosen or {*random.Random(seed).sample(images, count)}
     training = [row for row in rows if hashes[row.image] not in chosen]
     if not training:
-        raise ValueError(
-            f"{len(rows)} rows about {len(images)} different images are too few: all "
-            "are for validation, and none is left to train on"
-        )
+        few = f"{len(images)} different images are too few"
+        raise ValueError(f"{few}: all are for validation, none is left to train on")
     return training, list(validation) or [r for r in rows if hashes[r.image] in chosen]
 
 
@@ -121,16 +118,12 @@ def _find_splits(data: Path) -> dict[str, Path]:
         train, val = [data] if data.is_file() else [*data.glob("*.jsonl")], []
     if len(train) != 1 or len(val) > 1:
         names = ", ".join(sorted(str(file.relative_to(data)) for file in train + val))
-        raise ValueError(
-            f"{data} holds {names or 'no .jsonl file'}: give one with a line for each "
-            "example, or two, with train and valid in their names or their folders'"
-        )
+        wanted = "give one, or two with train and valid in their names or folders'"
+        raise ValueError(f"{data} holds {names or 'no .jsonl file'}: {wanted}")
     return dict(zip(("train", "val"), train + val))
 
 
-def read_splits(
-    data: str, fraction: float, seed: int
-) -> tuple[list[Row], list[Row], dict[str, str]]:
+def read_splits(data: str, fraction: float, seed: int) -> tuple[list, list, dict]:
     """(training rows, validation rows, names and hashes of their files).
 
     `data`: a .jsonl file, or a folder with one or with one for each split, as tools for

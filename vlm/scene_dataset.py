@@ -5,22 +5,58 @@ Built in notebooks/21_pretraining.ipynb: edit it there, then run `make export`.
 
 import math
 import random
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from .auxiliary import PATCH_TARGETS, patch_targets
 from .backgrounds import TRAINING_PHOTO_FRACTION
 from .images import image_to_pixels
 from .mask_tokens import MaskVQVAE, crop_to_square
 from .packing import pack_questions
 from .processing import PaliGemmaProcessor
 from .questions import MaskToCodes, sample_question
-from .scenes import TRAINING_SEEDS, TRAINING_STYLES, Scene, make_scene
+from .scenes import TRAINING_SEEDS, TRAINING_STYLES, Scene, all_classes, make_scene
 
 __all__ = ["TASKS", "encode_masks", "SceneDataset", "collate"]
+
+MIN_FRACTION = 0.2  # of a patch's pixels
+
+
+def patch_targets(scene: Scene, side: int) -> dict[str, Tensor]:
+    """What each of side × side patches shows: classes, boxes and masks.
+
+    A patch shows the object that covers most of it, if that is more than MIN_FRACTION.
+    `patch_classes` [N] count from 1 in the order of `all_classes`, 0 is background.
+    `patch_boxes` [N, 4] are (x0, y0, x1, y1) relative to the patch's center, in
+    fractions of the picture's side. `patch_masks` [N, patch pixels], bool, say which
+    pixels are the object's. Boxes and masks are zero for background.
+    """
+    size = scene.image.width
+    patch_size = size // side
+    owner = scene.owner.reshape(side, patch_size, side, patch_size)
+    owner = owner.swapaxes(1, 2).reshape(side * side, -1)  # [N, patch pixels]
+    index = np.arange(-1, len(scene.objects))  # background, then the objects
+    covered = (owner[..., None] == index).mean(axis=1)  # [N, 1 + objects]
+    covered[:, 0] = MIN_FRACTION  # what an object has to beat
+    best = covered.argmax(axis=1)  # [N]
+    is_object = best > 0
+    ids = {name: number for number, name in enumerate(all_classes(), start=1)}
+    classes = np.array([0, *(ids[thing.label] for thing in scene.objects)])
+    boxes = np.array([(0.0,) * 4, *(thing.box for thing in scene.objects)]) / size
+    x, y = np.meshgrid(*[(np.arange(side) + 0.5) / side] * 2)
+    centers = np.stack([x, y, x, y], axis=-1).reshape(-1, 4)  # [N, 4]
+    offsets = (boxes[best] - centers) * is_object[:, None]
+    masks = (owner == index[best][:, None]) & is_object[:, None]
+    return {
+        "patch_classes": torch.from_numpy(classes[best]),
+        "patch_boxes": torch.from_numpy(offsets.astype(np.float32)),
+        "patch_masks": torch.from_numpy(masks),
+    }
+
 
 TASKS = ("caption", "detect", "segment", "count", "relation", "presence")
 AUGMENT_PROB = 0.2  # of the stickers; a style never seen differs in colors above all
@@ -39,21 +75,17 @@ def encode_masks(scene: Scene, vqvae: MaskVQVAE) -> MaskToCodes:
     return lambda crop: known[crop.tobytes()]
 
 
+@dataclass
 class SceneDataset(Dataset):
     """Scenes of training seeds with patch targets and questions; the index is the seed.
 
     The first `vision_only` items have no questions, the others `num_questions`.
     """
 
-    def __init__(
-        self,
-        processor: PaliGemmaProcessor,
-        vqvae: MaskVQVAE,
-        vision_only: int = 0,
-        num_questions: int = len(TASKS),
-    ):
-        self.processor, self.vqvae = processor, vqvae
-        self.vision_only, self.num_questions = vision_only, num_questions
+    processor: PaliGemmaProcessor
+    vqvae: MaskVQVAE
+    vision_only: int = 0
+    num_questions: int = len(TASKS)
 
     def __len__(self) -> int:
         return len(TRAINING_SEEDS)
@@ -85,14 +117,8 @@ class SceneDataset(Dataset):
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Items → one batch; packed rows are padded on the right."""
-    batch = {
-        name: torch.stack([item[name] for item in items])
-        for name in ("pixel_values", *PATCH_TARGETS)
-    }
-    padding = {"input_ids": 0, "position_ids": 0, "token_type_ids": 0}
-    padding["segment_ids"] = -1
-    for name, value in padding.items():
-        if name in items[0]:
-            rows = [item[name] for item in items]
-            batch[name] = pad_sequence(rows, batch_first=True, padding_value=value)
+    batch = {}
+    for name in items[0]:
+        rows, padding = [item[name] for item in items], -1 * (name == "segment_ids")
+        batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
     return batch

@@ -169,17 +169,14 @@ def training_step(
 
 @dataclass(kw_only=True)
 class TrainingConfig:
-    """The settings that every run has; `batch_size` is over all processes together.
-
-    Raises ValueError for a value that can't be.
-    """
+    """The settings that every run has; ValueError for a value that can't be."""
 
     steps: int = setting(1000, "updates of the weights")
     batch_size: int = setting(64, "examples an update, all processes together")
     micro_batch_size: int = setting(0, "examples at once in a process; 0: all of them")
     learning_rate: float = setting(1e-3, "peak, after the warm-up")
     weight_decay: float = setting(0.0, "of matrices; vectors have none")
-    mixed_precision: str = setting("no", "no, bf16 or fp16")
+    mixed_precision: str = setting("no", "in autocast", choices=("no", "bf16", "fp16"))
     seed: int = setting(0, "of data and initial values")
     num_workers: int = setting(0, "processes that prepare data")
     eval_every: int = setting(0, "steps between validations; 0: only at the end")
@@ -188,13 +185,12 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for option in fields(self):
             name, value = option.name, getattr(self, option.name)
-            least = 1 if name in ("steps", "batch_size") else 0
+            least = 1 if name in ("steps", "batch_size", "epochs") else 0
             if option.type in (int, float) and not least <= value < math.inf:
                 raise ValueError(f"{name} must be at least {least}, not {value}")
-        if self.mixed_precision not in ("no", "bf16", "fp16"):
-            raise ValueError(
-                f"mixed_precision is no, bf16 or fp16, not {self.mixed_precision!r}"
-            )
+            choices = option.metadata.get("choices", (value,))
+            if value not in choices:
+                raise ValueError(f"{name} is one of {[*choices]}, not {value!r}")
 
 
 def _trained(objective: nn.Module) -> dict[str, Tensor]:
@@ -202,30 +198,6 @@ def _trained(objective: nn.Module) -> dict[str, Tensor]:
     parameters = objective.named_parameters()
     trained = {name: p.detach() for name, p in parameters if p.requires_grad}
     return trained | dict(objective.named_buffers())
-
-
-def _make_state(
-    objective: nn.Module, optimizer: Any, accelerator: Accelerator
-) -> dict[str, Any]:
-    "All that the next step depends on, but for the data."
-    state = {"trained": _trained(objective), "optimizer": optimizer.state_dict()}
-    state["generator"] = torch.get_rng_state()
-    if accelerator.scaler:  # float16's loss scaling
-        state["scaler"] = accelerator.scaler.state_dict()
-    return state
-
-
-@torch.no_grad()
-def _restore(
-    objective: nn.Module, optimizer: Any, accelerator: Accelerator, state: dict
-) -> None:
-    "Put back what `_make_state` took."
-    for name, tensor in _trained(objective).items():
-        tensor.copy_(state["trained"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    torch.set_rng_state(state["generator"])
-    if accelerator.scaler:
-        accelerator.scaler.load_state_dict(state["scaler"])
 
 
 def _open_run(
@@ -236,9 +208,9 @@ def _open_run(
     free: Sequence[str],
 ) -> dict[str, Any]:
     "The state to go on from; refuses a wrong folder and a disk that is too small."
-    if output is None and resume:
-        raise ValueError("resume needs the output whose run is to go on")
     if output is None:
+        if resume:
+            raise ValueError("resume needs the output whose run is to go on")
         return {"step": 0}
     check_output(output, settings, resume, free)
     size = 3 * sum(t.nbytes for t in _trained(objective).values())  # and two moments
@@ -247,19 +219,14 @@ def _open_run(
 
 
 def _make_loader(
-    dataset: Dataset, collate: Callable, config: TrainingConfig, first: int, last: int
+    items: Dataset, collate: Callable, config: TrainingConfig
 ) -> DataLoader:
-    "The batches of the steps after `first`, up to `last`, each in micro-batches."
-    return DataLoader(
-        Subset(dataset, range(first * config.batch_size, last * config.batch_size)),
-        batch_size=config.batch_size,
-        collate_fn=partial(
-            micro_batches, collate=collate, size=config.micro_batch_size
-        ),
-        num_workers=config.num_workers,
-        # Of its own: an iterator draws a number, and ours must be as they were.
-        generator=torch.Generator().manual_seed(config.seed),
-    )
+    "Batches, in the order of the items, each as a list of micro-batches."
+    split = partial(micro_batches, collate=collate, size=config.micro_batch_size)
+    # Of its own: an iterator draws a number, and ours must be as they were.
+    generator = torch.Generator().manual_seed(config.seed)
+    options = {"num_workers": config.num_workers, "generator": generator}
+    return DataLoader(items, config.batch_size, collate_fn=split, **options)
 
 
 def train(
@@ -285,55 +252,64 @@ def train(
     than `learning_rate_at`. `evaluate(step)`: more to log, every `eval_every` steps
     (then also before the first) and last. `about`: what else must be the same when a
     run is resumed, but for the names in `free`.
-    Raises as `check_output` and `training_step`; ValueError for a batch that the
-    processes can't share, OSError for a full disk.
+    Raises as `check_output` and `training_step`; accelerate's ValueError for a batch
+    that the processes can't share, OSError for a full disk.
     """
     accelerator = accelerator or make_accelerator(config.mixed_precision)
-    if config.batch_size % accelerator.num_processes:
-        raise ValueError(
-            f"{accelerator.num_processes} processes can't share a batch of "
-            f"{config.batch_size} evenly: change --batch_size"
-        )
     settings = asdict(config) | (about or {})
     state = _open_run(objective, settings, output, resume, free)
     first, last = state["step"], min(stop_after or config.steps, config.steps)
     if stop_after is not None and stop_after <= first:
         raise ValueError(f"stop_after={stop_after}: the run is at step {first} already")
+    items = Subset(dataset, range(first * config.batch_size, last * config.batch_size))
+    loader = _make_loader(items, collate, config)
+    optimizer = make_optimizer(objective, config.learning_rate, config.weight_decay)
     plain, main = objective, accelerator.is_main_process
-    objective, optimizer, loader = accelerator.prepare(
-        plain,
-        make_optimizer(plain, config.learning_rate, config.weight_decay),
-        _make_loader(dataset, collate, config, first, last),
-    )
+    objective, optimizer, loader = accelerator.prepare(plain, optimizer, loader)
+    stateful = {"optimizer": optimizer, "scaler": accelerator.scaler}  # float16's
+    stateful = {name: part for name, part in stateful.items() if part}
     torch.manual_seed(config.seed)
     if resume:
-        _restore(plain, optimizer, accelerator, state)
+        for name, tensor in _trained(plain).items():
+            tensor.copy_(state["trained"][name])
+        torch.set_rng_state(state["generator"])
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
     del state  # three times the weights
-    log = TrainingLog(run_folder(output) if output and main else None, first)
+    log = TrainingLog(run_folder(output) if output else None, first, main)
     schedule = schedule or partial(
         learning_rate_at, steps=config.steps, peak=config.learning_rate
     )
-    objective.eval()
+    save_every = config.save_every or last
+    eval_every = config.eval_every or config.steps
+
+    def log_evaluation(step: int) -> None:
+        objective.eval()
+        log.write(step, **evaluate(step))
+        objective.train()
+
     if evaluate and config.eval_every and first == 0:
-        log.write(0, **evaluate(0))
+        log_evaluation(0)
     objective.train()
     bar = tqdm(range(first + 1, last + 1), "training", disable=None if main else True)
+    losses = []
     for step, parts in zip(bar, loader):
         rate = schedule(step - 1)
-        log.add(training_step(accelerator, objective, optimizer, parts, rate))
-        saves = step == last or step % (config.save_every or last) == 0
-        evaluates = step % (config.eval_every or config.steps) == 0
-        evaluates = evaluates or step == config.steps
+        losses.append(training_step(accelerator, objective, optimizer, parts, rate))
+        saves = step == last or step % save_every == 0
+        evaluates = step == config.steps or step % eval_every == 0
         if saves or evaluates or step % LOG_EVERY == 0:
-            log.write(step, learning_rate=rate)
+            means = {k: sum(one[k] for one in losses) / len(losses) for k in losses[0]}
+            log.write(step, learning_rate=rate, **means)
+            losses.clear()
             bar.set_postfix(log.entries[-1], refresh=False)
         if evaluate and evaluates:
-            objective.eval()
-            log.write(step, **evaluate(step))
-            objective.train()
+            log_evaluation(step)
         if output and main and saves:
-            state = _make_state(plain, optimizer, accelerator)
-            save_state(output, {"step": step, "settings": settings} | state)
+            state = {"step": step, "settings": settings, "trained": _trained(plain)}
+            state["generator"] = torch.get_rng_state()
+            state |= {name: part.state_dict() for name, part in stateful.items()}
+            save_state(output, state)
     accelerator.wait_for_everyone()
     objective.eval()
     return log.entries
