@@ -68,10 +68,8 @@ def test_a_chapter_is_read_in_half_an_hour(path):
 
 
 LINES = {"training": 350, "pretraining": 350, "mask_training": 120}
-TOTAL, PUBLIC_NAMES = (
-    8600,
-    184,
-)  # no more than there are: lower them as the house shrinks
+# The aim is 6,000 lines and about 100 names: lower both as the house shrinks.
+TOTAL, PUBLIC_NAMES = 7500, 172
 
 
 def count_lines(path: Path) -> int:
