@@ -594,7 +594,7 @@ pretraining.validation_losses = lambda *_: LOSSES
 pretraining.run(
     replace(CONFIG, batch_size=4, micro_batch_size=1), Path(sys.argv[1])
 )
-print("one of", torch.distributed.get_world_size(), "processes")
+print(f"one of {{torch.distributed.get_world_size()}} processes")  # in one write
 """
 
 
