@@ -268,7 +268,7 @@ def test_what_the_world_says_of_its_scenes_is_a_perfect_answer():
     scenes = [make_scene(seed, 64) for seed in VALIDATION_SEEDS[:20]]
     answers = [detect_question(s, list(s.counts)).answer for s in scenes]
     found = [parse_detections(answer, 64, 64) for answer in answers]
-    truth = [[Detection(o.label, o.box) for o in s.objects] for s in scenes]
+    truth = [s.objects for s in scenes]
     assert average_precision(found, truth) == pytest.approx(np.ones(10))
 
 

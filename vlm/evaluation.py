@@ -40,7 +40,7 @@ from .scenes import (
     make_scene,
     style_classes,
 )
-from .segmentation import Segmentation, load_mask_decoder, parse_segmentations
+from .segmentation import load_mask_decoder, parse_segmentations
 from .weights import load_hf_model, make_processor
 
 __all__ = ["evaluate"]
@@ -128,7 +128,7 @@ def _evaluate_scenes(
             invalid[task] += objects.invalid
             if name not in scene.counts:
                 silent[task].append(not objects)
-    truth = [[Segmentation(o.label, o.box, o.mask) for o in s.objects] for s in scenes]
+    truth = [scene.objects for scene in scenes]
     ap = average_precision(found["detect"], truth)  # at ten IoU thresholds
     every_ap = average_precision(found["detect every"], truth)
     alarms = false_alarms(found["detect every"], truth)

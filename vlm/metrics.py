@@ -22,7 +22,8 @@ from .scenes import Scene
 
 __all__ = ["exact_match", "class_f1", "average_precision", "mean_iou", "false_alarms"]
 
-Objects = Sequence[Any]  # Detections or Segmentations: label, box, score, (mask)
+# Detections, Segmentations or a scene's objects: label, box, mask, score as they have.
+Objects = Sequence[Any]
 
 
 def exact_match(answers: Sequence[str], targets: Sequence[str]) -> float:
@@ -50,16 +51,17 @@ def class_f1(captions: Sequence[str], scenes: Sequence[Scene]) -> float:
     return 2 * true_positives / max(total, 1)
 
 
-def _to_coco(images: Sequence[Objects], labels: Sequence[str]) -> COCO:
+def _to_coco(images: Sequence[Objects], labels: Sequence[str], iou_type: str) -> COCO:
     "Objects as COCO's annotations; those of other classes than `labels` are ignored."
     rows = []
     for index, objects in enumerate(images):
         for one in objects:
             x0, y0, x1, y1 = one.box
             row = {"id": len(rows) + 1, "image_id": index, "category_id": one.label}
-            row |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": one.score}
+            score = getattr(one, "score", 1.0)  # a scene's own objects have none
+            row |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
             row |= {"iscrowd": 0, "area": 1}  # sizes aren't told apart
-            if hasattr(one, "mask"):
+            if iou_type == "segm":
                 pixels = np.asfortranarray(one.mask, np.uint8)
                 row["segmentation"] = coco_mask.encode(pixels)
             rows.append(row)
@@ -89,7 +91,7 @@ def average_precision(
     if not labels:
         raise ValueError("no image has a true object: there is no recall to measure")
     with contextlib.redirect_stdout(io.StringIO()):  # it reports each step
-        data = [_to_coco(images, labels) for images in (truth, found)]
+        data = [_to_coco(images, labels, iou_type) for images in (truth, found)]
         evaluator = COCOeval(*data, iou_type)
         evaluator.params.areaRng, evaluator.params.maxDets = [[0, 2]], [100]
         evaluator.evaluate()
