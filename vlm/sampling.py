@@ -227,8 +227,9 @@ class IncrementalDetokenizer:
 
     def add(self, token_id: int) -> str:
         """The text that this token adds; empty for a special or unfinished one."""
-        if token_id not in self.hidden:
-            self.token_ids.append(token_id)
+        if token_id in self.hidden:
+            return ""
+        self.token_ids.append(token_id)
         return self._advance()
 
     def finish(self) -> str:

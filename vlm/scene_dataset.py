@@ -119,6 +119,7 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Items → one batch; packed rows are padded on the right."""
     batch = {}
     for name in items[0]:
-        rows, padding = [item[name] for item in items], -1 * (name == "segment_ids")
+        rows = [item[name] for item in items]
+        padding = -1 if name == "segment_ids" else 0
         batch[name] = pad_sequence(rows, batch_first=True, padding_value=padding)
     return batch

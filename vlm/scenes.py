@@ -248,10 +248,16 @@ def _recolor(sticker: Image.Image, place: Placement) -> Image.Image:
     return ImageEnhance.Brightness(sticker).enhance(place.brightness)
 
 
+@cache
+def _premultiplied(label: str, style: str) -> Image.Image:
+    """A sticker with its colors multiplied by alpha, ready to be resized."""
+    return load_sticker(label, style).convert("RGBa")
+
+
 def _draw_sticker(place: Placement, image_size: int) -> tuple[Image.Image, int, int]:
     """A sticker resized, recolored, flipped and rotated; its left and top."""
     size = tuple(max(1, round(side * image_size)) for side in _drawn_size(place))
-    sticker = load_sticker(place.label, place.style).convert("RGBa")  # premultiplied
+    sticker = _premultiplied(place.label, place.style)
     sticker = sticker.resize(size, Image.Resampling.BILINEAR).convert("RGBA")
     sticker = _recolor(sticker, place)
     if place.flip:
