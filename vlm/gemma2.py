@@ -22,10 +22,7 @@ __all__ = ["Gemma2ForCausalLM"]
 def soft_cap(
     values: Float[Tensor, "*axes"], cap: float | None
 ) -> Float[Tensor, "*axes"]:
-    """Squash values smoothly into -cap … cap; None leaves them as they are.
-
-    Source: Gemma Team 2024 (Gemma 2), after Bello et al. 2016.
-    """
+    """Squash values smoothly into -cap … cap (Bello et al. 2016); None: no cap."""
     return values if cap is None else cap * torch.tanh(values / cap)
 
 
@@ -86,26 +83,18 @@ class Gemma2Model(GemmaModel):
         self, attention_mask: Bool[Tensor, "B 1 T M"], past: int
     ) -> list[Bool[Tensor, "B 1 T M"]]:
         """Each layer's mask: through the window where the config says so."""
-        windowed, window = attention_mask, self.config.sliding_window
-        if window is not None:
-            windowed = sliding_window_mask(attention_mask, window, past)
-        return [
-            windowed if kind == "sliding_attention" else attention_mask
-            for kind in self.config.layer_types
-        ]
+        window = self.config.sliding_window or attention_mask.shape[-1]  # None: all
+        windowed = sliding_window_mask(attention_mask, window, past)
+        masks = {"sliding_attention": windowed, "full_attention": attention_mask}
+        return [masks[kind] for kind in self.config.layer_types]
 
 
 class Gemma2ForCausalLM(GemmaForCausalLM):
-    """Gemma 2 and its output head: Gemma's interface, soft-capped logits.
-
-    Source: Gemma Team 2024 (Gemma 2).
-    """
+    """Gemma 2 and its output head: Gemma's interface, soft-capped logits."""
 
     model_class = Gemma2Model
 
-    def compute_logits(
-        self, hidden_states: Float[Tensor, "B T D"]
-    ) -> Float[Tensor, "B T V"]:
+    def compute_logits(self, states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Final states → logits between -cap and cap."""
-        logits = super().compute_logits(hidden_states)  # [B, T, V]
+        logits = super().compute_logits(states)  # [B, T, V]
         return soft_cap(logits, self.config.final_logit_softcapping)
