@@ -108,8 +108,8 @@ class GemmaModel(nn.Module):
         position_ids: Int[Tensor, "B T"],
         kv_cache: KVCache | StaticKVCache | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Float[Tensor, "B T D"], list[Float[Tensor, "B H T M"]]]:
-        """Scaled embeddings → final states, and each layer's weights when asked."""
+    ) -> tuple[Float[Tensor, "B T D"], list[Float[Tensor, "B H T M"] | None]]:
+        """Scaled embeddings → final states; each layer's weights, None unless asked."""
         cos, sin = self.rotary_emb(inputs_embeds, position_ids)  # [B, T, Dh] each
         past = kv_cache.num_items() if kv_cache is not None else 0
         masks = self.layer_masks(attention_mask, past)
@@ -118,8 +118,7 @@ class GemmaModel(nn.Module):
             hidden_states, weights = layer(
                 hidden_states, cos, sin, mask, kv_cache, output_attentions
             )
-            if output_attentions:
-                attentions.append(weights)
+            attentions.append(weights)
         return self.norm(hidden_states), attentions
 
 

@@ -74,9 +74,8 @@ def locs_to_box(text: str, width: float, height: float) -> Box | None:
     if len(bins) != 4 or max(bins) >= NUM_LOCS:
         return None
     y0, x0, y1, x1 = (u / (NUM_LOCS - 1) for u in bins)
-    if y1 <= y0 or x1 <= x0:
-        return None
-    return (x0 * width, y0 * height, x1 * width, y1 * height)
+    box = (x0 * width, y0 * height, x1 * width, y1 * height)
+    return box if y0 < y1 and x0 < x1 else None
 
 
 def codes_to_segs(codes: Sequence[int]) -> str:
