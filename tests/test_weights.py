@@ -210,7 +210,7 @@ TENSORS = {  # what becomes of the file's tensors → key words of the error
     "missing embedding": (without(EMBEDDING), f"missing {EMBEDDING}"),
     "unexpected": (with_tensor("model.odd.x", torch.ones(1)), r"unexpected model\.odd"),
     "shape": (transposed, LAYER + r"mlp\.up.* shape \[32, 48\], not \[48, 32\]"),
-    "dtype": (with_tensor(NORM, torch.ones(32).int()), f"{NORM}.* dtype I32"),
+    "dtype": (with_tensor(NORM, torch.ones(32).int()), f"{NORM}.* dtype torch.int32"),
     "twice": (with_tensor("module." + NORM, torch.ones(32)), f"{NORM} in .* repeats"),
     "untied": (
         lambda t: t | {"lm_head.weight": t[EMBEDDING] + 1},
@@ -244,7 +244,7 @@ def test_damaged_checkpoints_are_refused(copy, damage):
 
 def test_an_empty_file(copy):
     rewrite(copy, lambda tensors: {})
-    with refused(ValueError, r"empty file doesn't fit .*: \d+ tensors: missing"):
+    with refused(ValueError, f"{copy} doesn't fit .* tensors: missing"):
         load_hf_model(copy, "cpu")
 
 
@@ -263,7 +263,7 @@ def test_numbers_are_compared_only_where_two_names_must_agree(copy, monkeypatch)
 def test_all_problems_at_once(model, copy):
     rewrite(copy, lambda t: transposed(without(QUERY)(t)))
     with refused(ValueError, "has shape .*; missing"):
-        check_tensors(model, find_tensors(copy))
+        check_tensors(model, find_tensors(copy), copy)
 
 
 @pytest.mark.parametrize("keep", [0, 5, 10_000])

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import GatedRepoError, HTTPError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 __all__ = [
     "EMBEDDING", "TIED", "EMBEDDED", "SMALL_FILES", "COMPANIONS", "ADAPTER_CONFIG",
@@ -54,7 +55,6 @@ SMALL_FILES = ("*.json", "tokenizer.model")  # config, tokenizer, index: quick t
 COMPANIONS = ("mask_decoder.safetensors", "mask_encoder.safetensors", "vae-oid.npz")
 ADAPTER_CONFIG, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
 ALL_FILES = (*SMALL_FILES, "*.safetensors", "vae-oid.npz")
-STAGED = ".complete-save"  # a save between "all written" and "all in place"
 EXAMPLE = "give a checkpoint's folder, or a hub id like google/paligemma-3b-mix-224"
 
 
@@ -76,7 +76,7 @@ def finish_save(folder: Path, staged: Path | None = None) -> None:
     After an interruption the next load or save goes on. What is left of the former
     weights is deleted just before that last move.
     """
-    waiting = folder / STAGED
+    waiting = folder / ".complete-save"  # all is written, but not yet in place
     if staged is not None:
         os.replace(staged, waiting)
     if not waiting.is_dir():
@@ -173,20 +173,18 @@ def missing_file(name: str, folder: Path) -> FileNotFoundError:
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor lies, and what the file's header, not an index, says of it."""
+    """A tensor's name in a file, and the tensor, mapped from there: nothing is read."""
 
     name: str
     file: Path
-    shape: list[int] | None = None
-    dtype: str | None = None
+    tensor: Tensor | None = None  # where only an index is there, not the file itself
 
 
 def read_header(file: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file; ValueError where it's damaged."""
     try:
         with safe_open(file, "pt") as opened:
-            parts = [(name, opened.get_slice(name)) for name in opened.keys()]
-        return [StoredTensor(n, file, p.get_shape(), p.get_dtype()) for n, p in parts]
+            return [StoredTensor(n, file, opened.get_tensor(n)) for n in opened.keys()]
     except (SafetensorError, OSError) as error:
         why = f"delete it and fetch it again ({error!r:.100})"
         raise ValueError(f"{file.resolve()} can't be read (cut off?): {why}") from error

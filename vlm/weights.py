@@ -47,32 +47,34 @@ __all__ = [
 ]  # fmt: skip
 
 
-def check_tensors(model: PaliGemma, tensors: list[StoredTensor]) -> None:
+def check_tensors(model: PaliGemma, tensors: list[StoredTensor], whose: object) -> None:
     """Raise a ValueError unless names and shapes of `tensors` are exactly the model's.
 
-    One of embedding and output head may be absent: they are one matrix.
+    One of embedding and output head may be absent: they are one matrix. `whose`: what
+    the error begins with, like the folder that they come from.
     """
-    expected = {name: list(p.shape) for name, p in model.state_dict().items()}
+    expected = {name: [*p.shape] for name, p in model.state_dict().items()}
     seen, problems = {}, []
-    for name, file, shape, dtype in tensors:
+    for name, file, tensor in tensors:
         ours, where = canonical_name(name), f"{name} in {file.name}"
         if ours not in expected:
             problems.append(f"unexpected {where}")
         elif ours in seen:
             problems.append(f"{where} repeats one in {seen[ours]}")
-        elif shape not in (None, expected[ours]):
+        elif tensor is None:  # of an index: the shard may say more
+            pass
+        elif (shape := [*tensor.shape]) != expected[ours]:
             problems.append(f"{where} has shape {shape}, not {expected[ours]}")
-        elif dtype not in (None, *FLOAT_TYPES):
-            problems.append(f"{where} has dtype {dtype}, not {', '.join(FLOAT_TYPES)}")
+        elif tensor.dtype not in FLOAT_TYPES:
+            problems.append(f"{where} has dtype {tensor.dtype}, not in {FLOAT_TYPES}")
         seen[ours] = file.name
     seen[EMBEDDING if TIED in seen else TIED] = None  # one matrix: one name is enough
     problems += [f"missing {name}" for name in expected if name not in seen]
     if problems:
         more = f"{len(problems)} tensors: " if len(problems) > 1 else ""
         why = shorten(more + "; ".join(problems), 160, placeholder=" …")
-        folder = min((s.file.parent for s in tensors), default="an empty file")
         advice = "give both of one model, not quantized, LoRA merged (merge_and_unload)"
-        raise ValueError(f"{folder} doesn't fit its config.json: {why}: {advice}")
+        raise ValueError(f"{whose} doesn't fit its config.json: {why}: {advice}")
 
 
 class _SkipInit(TorchFunctionMode):
@@ -100,14 +102,11 @@ def read_weights(
     Raises ValueError where an output head in the files isn't the embedding.
     """
     state: dict[str, Tensor] = {}
-    for file in sorted({stored.file for stored in tensors}):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():
-                tensor = opened.get_tensor(name)  # mapped: nothing is read yet
-                if device.type != "cpu" or tensor.dtype != dtype:
-                    with safe_open(file, "pt") as once:  # closed, its pages are gone
-                        tensor = once.get_tensor(name).to(device, dtype)
-                state[canonical_name(name)] = tensor
+    for name, file, tensor in tensors:
+        if device.type != "cpu" or tensor.dtype != dtype:
+            with safe_open(file, "pt") as opened:  # closed again, its pages are gone
+                tensor = opened.get_tensor(name).to(device, dtype)
+        state[canonical_name(name)] = tensor
     embedding = state.setdefault(EMBEDDING, state.get(TIED))
     head = state.setdefault(TIED, embedding)
     if head is not embedding and not torch.equal(head, embedding):
@@ -158,12 +157,12 @@ def load_hf_model(
     config, tokenizer = PaliGemmaConfig.from_pretrained(folder), load_tokenizer(folder)
     model = empty_model(config)
     if promised := read_index(folder):
-        check_tensors(model, promised)  # before gigabytes come
+        check_tensors(model, promised, folder)  # before gigabytes come
     folder = find_checkpoint(model_path).resolve()
     tensors = find_tensors(folder)
-    check_tensors(model, tensors)
-    dtypes = {canonical_name(stored.name): stored.dtype for stored in tensors}
-    stored = FLOAT_TYPES[dtypes.get(EMBEDDING) or dtypes[TIED]]
+    check_tensors(model, tensors, folder)
+    dtypes = {canonical_name(name): tensor.dtype for name, _, tensor in tensors}
+    stored = dtypes.get(EMBEDDING) or dtypes[TIED]
     dtype = choose_dtype(dtype, stored, device, config.text_config.model_type)
     state = read_weights(tensors, device, dtype)
     model.load_state_dict(state, strict=True, assign=True)
@@ -272,13 +271,10 @@ def _tensors_to_save(model: nn.Module) -> tuple[PaliGemma, dict[str, Tensor]]:
             kind = type(model).__name__
             raise ValueError(f"can't save a {kind}: merge adapters (merge_and_unload)")
     state = {canonical_name(name): t for name, t in inner.state_dict().items()}
-    wanted = {n: t.shape for n, t in empty_model(inner.config).state_dict().items()}
-    for name in sorted({*state, *wanted}):
-        tensor = state.get(name)  # of its own class where it is one shard of several
-        plain = type(tensor) is Tensor and tensor.dtype in FLOAT_TYPES.values()
-        if not plain or tensor.is_meta or tensor.shape != wanted.get(name):
-            advice = "merge adapters (merge_and_unload), gather shards, don't quantize"
-            raise ValueError(f"{name} isn't the plain tensor of the config: {advice}")
+    found = [StoredTensor(name, Path("state_dict"), t) for name, t in state.items()]
+    check_tensors(empty_model(inner.config), found, "the model")
+    if odd := [n for n, t in state.items() if t.is_meta or type(t) is not Tensor]:
+        raise ValueError(f"{odd[0]} isn't a plain tensor: gather its shards first")
     head, embedding = state.pop(TIED), state[EMBEDDING]
     if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
         raise ValueError(f"{TIED} isn't {EMBEDDING} any more: call tie_weights first")
