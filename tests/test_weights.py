@@ -378,7 +378,11 @@ def without_index(folder):
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        (unlink_last, FileNotFoundError, "names model-.* missing"),
+        (
+            unlink_last,
+            FileNotFoundError,
+            "shards/model-.*, named in the index, is missing",
+        ),
         (truncate_last, ValueError, "can't be read"),
         (index_without_first, ValueError, "missing vision_tower"),
         (
@@ -419,7 +423,9 @@ def test_an_index_names_shards_beside_it_alone(shards, tmp_path):
     for path in (str(outside), "../outside.safetensors"):
         text = json.dumps({"weight_map": {"x": path}})
         (shards / INDEX_FILE).write_text(text)
-        with refused(FileNotFoundError, "outside.safetensors, which is missing"):
+        with refused(
+            FileNotFoundError, "shards/outside.safetensors, named in the index, is miss"
+        ):
             find_tensors(shards)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: their folders, here or on the hub, their files, their tensors' names.
+"""Checkpoint folders: find one, here or on the hub, and the tensors in its files.
 
 Built in notebooks/16_weights.ipynb: edit it there, then run `make export`.
 """
@@ -216,7 +216,6 @@ def find_tensors(folder: Path) -> list[StoredTensor]:
     shards = sorted({stored.file for stored in read_index(folder)})
     if not shards:
         raise missing_file(SINGLE_FILE, folder)
-    if lost := [shard.name for shard in shards if not shard.is_file()]:
-        names = f"{folder / INDEX_FILE} names {lost[0]}"
-        raise FileNotFoundError(f"{names}, which is missing: fetch it")
+    if lost := [shard for shard in shards if not shard.is_file()]:
+        raise FileNotFoundError(f"{lost[0]}, named in the index, is missing: fetch it")
     return [stored for shard in shards for stored in read_header(shard)]

@@ -150,7 +150,8 @@ def load_hf_model(
     folder = find_checkpoint(model_path, SMALL_FILES)
     if (base := adapter_base(folder)) is not None:
         model, tokenizer = load_hf_model(base, device, dtype)
-        apply_adapter(model, find_checkpoint(model_path))
+        files = ["adapter_*.json", "adapter_*.safetensors"]
+        apply_adapter(model, find_checkpoint(model_path, files))
         return model, tokenizer
     if not (folder / "config.json").is_file():
         raise missing_file("config.json", folder)
