@@ -270,7 +270,7 @@ def test_reading_changes_nothing_in_the_dict():
     [
         (
             lambda: SiglipVisionConfig(image_size=225),
-            "image_size=225 must be a multiple of patch_size=14",
+            "image_size=225, expected a multiple of patch_size=14",
         ),
         (
             lambda: SiglipVisionConfig(image_size=0),
@@ -282,7 +282,7 @@ def test_reading_changes_nothing_in_the_dict():
         ),
         (
             lambda: SiglipVisionConfig.from_dict({"hidden_size": 100}),
-            "hidden_size=100 must be a multiple of num_attention_heads=16",
+            "hidden_size=100, expected a multiple of num_attention_heads=16",
         ),
         (
             lambda: SiglipVisionConfig(patch_size=16, num_image_tokens=256),
@@ -294,15 +294,15 @@ def test_reading_changes_nothing_in_the_dict():
         ),
         (
             lambda: SiglipVisionConfig.from_dict({"hidden_act": "quick_gelu"}),
-            "hidden_act 'quick_gelu' is not supported",
+            "hidden_act='quick_gelu', expected 'gelu_pytorch_tanh'",
         ),
         (
             lambda: GemmaConfig(num_attention_heads=8, num_key_value_heads=3),
-            "num_attention_heads=8 must be a multiple of num_key_value_heads=3",
+            "num_attention_heads=8, expected a multiple of num_key_value_heads=3",
         ),
         (
             lambda: GemmaConfig(head_dim=7),
-            "head_dim=7 must be even",
+            "head_dim=7, expected an even number",
         ),
         (
             lambda: GemmaConfig(head_dim=0),
@@ -314,12 +314,11 @@ def test_reading_changes_nothing_in_the_dict():
         ),
         (
             lambda: GemmaConfig.from_dict({"hidden_activation": "silu"}),
-            "hidden_activation 'silu' is not supported; expected 'gelu_pytorch_tanh' "
-            "or 'gelu'",
+            "hidden_activation='silu', expected 'gelu_pytorch_tanh' or 'gelu'",
         ),
         (
             lambda: GemmaConfig.from_dict({"rope_parameters": {"rope_type": "yarn"}}),
-            "rope_type 'yarn' is not supported; expected 'default'",
+            "rope_type='yarn', expected 'default'",
         ),
         (
             lambda: gemma2(model_type="gemma3"),
@@ -331,7 +330,7 @@ def test_reading_changes_nothing_in_the_dict():
         ),
         (
             lambda: gemma2(layer_types=["full_attention"]),
-            "1 layer_types, .*expected 46",
+            r"layer_types=\['full_attention'\], expected 46 of",
         ),
         (
             lambda: gemma2(layer_types=["chunked_attention"] * 46),
@@ -342,14 +341,17 @@ def test_reading_changes_nothing_in_the_dict():
             lambda: gemma2(attn_logit_softcapping=-50.0),
             "attn_logit_softcapping=-50.0",
         ),
-        (lambda: GemmaConfig(pad_token_id=300_000), "pad_token_id=300000 .*vocab_size"),
+        (
+            lambda: GemmaConfig(pad_token_id=300_000),
+            "pad_token_id=300000, .*vocab_size",
+        ),
         (
             lambda: PaliGemmaConfig(pad_token_id=300_000),
-            "pad_token_id=300000 .*vocab_size",
+            "pad_token_id=300000, .*vocab_size",
         ),
         (
             lambda: PaliGemmaConfig(projection_dim=1024),
-            "projection_dim=1024 must equal the text model's hidden_size=2048",
+            "projection_dim=1024, expected the text model's hidden_size=2048",
         ),
         (
             lambda: PaliGemmaConfig.from_dict({"model_type": "llava"}),
@@ -363,7 +365,7 @@ def test_what_does_not_fit_is_refused(make, message):
 
 
 def test_folder_without_config(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no config.json in .*nowhere"):
+    with pytest.raises(FileNotFoundError, match="No such file .*nowhere.config.json"):
         PaliGemmaConfig.from_pretrained(tmp_path / "nowhere")
 
 
@@ -371,8 +373,8 @@ def test_folder_without_config(tmp_path):
     ("text", "message"),
     [
         ("{", "config.json: Expecting"),
-        ("[]", "says no model_type"),
-        ("{}", "says no model_type: expected 'paligemma'"),
+        ("[]", "model_type=None, expected 'paligemma'"),
+        ("{}", "model_type=None, expected 'paligemma'"),
         ('{"model_type": "gemma"}', "model_type='gemma', expected 'paligemma'"),
     ],
 )

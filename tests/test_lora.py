@@ -10,10 +10,16 @@ from peft import IA3Config, PeftModel
 from reference import pair, random_inputs
 from safetensors.torch import load_file, save_file
 
-from vlm.hub import ADAPTER_CONFIG, ADAPTER_FILE, COMPANIONS, EMBEDDED, SINGLE_FILE
+from vlm.hub import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    COMPANIONS,
+    EMBEDDED,
+    SINGLE_FILE,
+    canonical_name,
+)
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.segmentation import load_mask_decoder
-from vlm.tensor_names import canonical_name
 from vlm.weights import load_hf_model, save_hf_model
 
 

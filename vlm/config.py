@@ -11,24 +11,13 @@ from typing import Any, ClassVar, Self, get_args, get_origin
 
 __all__ = ["SiglipVisionConfig", "GemmaConfig", "Gemma2Config", "PaliGemmaConfig"]
 
-_MOST = 10_000_000  # of anything: far beyond any model, and nothing is out of memory
+# Far beyond any model, and still neither out of memory nor slow to build.
+_MOST, _MOST_LAYERS = 10_000_000, 500
 
 
-def _require(fits: bool, message: str) -> None:
+def _require(fits: bool, name: str, value: Any, expected: str) -> None:
     if not fits:
-        raise ValueError(message)
-
-
-def _require_one_of(what: str, value: Any, expected: tuple[str, ...]) -> None:
-    """Raise ValueError unless `value` is one of `expected`; None counts as absent."""
-    names = " or ".join(map(repr, expected))
-    message = f"{what} {short_repr(value)} is not supported; expected {names}"
-    _require(value is None or value in expected, message)
-
-
-def _first_given(*values: Any) -> Any:
-    """The first of these that isn't None; else None."""
-    return next((value for value in values if value is not None), None)
+        raise ValueError(f"{name}={short_repr(value)}, expected {expected}")
 
 
 class _Config:
@@ -49,8 +38,9 @@ class _Config:
                 continue
             if int in kinds:
                 least = 0 if "_token_" in f.name or "layers" in f.name else 1
-                fits = type(value) is int and least <= value <= _MOST  # no bool
-                expected = f"a whole number from {least} to {_MOST:,}"
+                most = _MOST_LAYERS if "layers" in f.name else _MOST
+                fits = type(value) is int and least <= value <= most  # no bool
+                expected = f"a whole number from {least} to {most:,}"
             elif float in kinds:
                 fits = type(value) in (int, float) and 0 < value < 1e12  # no NaN
                 expected = "a positive number"
@@ -59,11 +49,10 @@ class _Config:
             else:
                 fits = isinstance(value, tuple(kinds))
                 expected = " or ".join(kind.__name__ for kind in kinds)
-            got = f"{type(self).__name__}: {f.name}={short_repr(value)}"
-            _require(fits, f"{got}, expected {expected}")
+            _require(fits, f"{type(self).__name__}: {f.name}", value, expected)
         for whole, part in self.multiples:
             a, b = getattr(self, whole), getattr(self, part)
-            _require(a % b == 0, f"{whole}={a} must be a multiple of {part}={b}")
+            _require(a % b == 0, whole, a, f"a multiple of {part}={b}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -73,7 +62,8 @@ class _Config:
         that. Raises ValueError for another model, activation function or kind of RoPE.
         """
         for key in ("hidden_activation", "hidden_act"):
-            _require_one_of(f"{cls.__name__}: {key}", values.get(key), cls.activations)
+            value, known = values.get(key), " or ".join(map(repr, cls.activations))
+            _require(value in (None, *cls.activations), key, value, known)
         nullable = {f.name: type(None) in get_args(f.type) for f in fields(cls)}
         known = {n: value for n, value in values.items() if n in nullable}
         return cls(**{n: v for n, v in known.items() if v is not None or nullable[n]})
@@ -103,10 +93,11 @@ class SiglipVisionConfig(_Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         side, patch, given = self.image_size, self.patch_size, self.num_image_tokens
-        derived = (side // patch) ** 2
-        expected = f"expected {derived}: {side} px in patches of {patch} px"
-        _require(given in (None, derived), f"num_image_tokens={given}, {expected}")
-        self.num_image_tokens = derived
+        tokens = (side // patch) ** 2
+        _require(tokens <= _MOST, "image_size", side, f"at most {_MOST:,} patches")
+        expected = f"{tokens}: {side} px in patches of {patch} px"
+        _require(given in (None, tokens), "num_image_tokens", given, expected)
+        self.num_image_tokens = tokens
 
     @property
     def head_dim(self) -> int:
@@ -118,8 +109,7 @@ class SiglipVisionConfig(_Config):
 class GemmaConfig(_Config):
     """Sizes of the Gemma decoder; the defaults are those of PaliGemma 3B's Gemma 2B.
 
-    Raises ValueError for a value that can't be, and where sizes contradict each other.
-    Source: Gemma Team 2024.
+    Raises ValueError for sizes that can't be. Source: Gemma Team 2024.
     """
 
     vocab_size: int = 257216
@@ -142,21 +132,17 @@ class GemmaConfig(_Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         pad, rows, width = self.pad_token_id, self.vocab_size, self.head_dim
-        _require(width % 2 == 0, f"head_dim={width} must be even: RoPE rotates pairs")
-        _require(pad < rows, f"pad_token_id={pad} must be below vocab_size={rows}")
+        _require(width % 2 == 0, "head_dim", width, "an even number: RoPE has pairs")
+        _require(pad < rows, "pad_token_id", pad, f"less than vocab_size={rows}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from a `text_config`; transformers 5 nests RoPE's base deeper."""
-        rope = _first_given(
-            values.get("rope_parameters"), values.get("rope_scaling"), {}
-        )
-        _require(
-            isinstance(rope, dict), f"rope_parameters={short_repr(rope)}, expected dict"
-        )
-        kind = _first_given(rope.get("rope_type"), rope.get("type"))
-        _require_one_of(f"{cls.__name__}: rope_type", kind, ("default",))
-        theta = _first_given(values.get("rope_theta"), rope.get("rope_theta"))
+        rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
+        _require(isinstance(rope, dict), "rope_parameters", rope, "a dict")
+        kind = rope.get("rope_type") or rope.get("type") or "default"
+        _require(kind == "default", "rope_type", kind, "'default'")
+        theta = values.get("rope_theta", rope.get("rope_theta"))
         return super().from_dict(values | {"rope_theta": theta})
 
 
@@ -184,10 +170,9 @@ class Gemma2Config(GemmaConfig):
         kinds, layers = ("sliding_attention", "full_attention"), self.num_hidden_layers
         if self.layer_types is None:
             self.layer_types = [kinds[i % 2] for i in range(layers)]
-        fits = all(kind in kinds for kind in self.layer_types)
-        got = f"{len(self.layer_types)} layer_types, {short_repr(self.layer_types)}"
-        expected = f"expected {layers} (num_hidden_layers), each one of {kinds}"
-        _require(fits and len(self.layer_types) == layers, f"{got}, {expected}")
+        known = all(kind in kinds for kind in self.layer_types)
+        fits = known and len(self.layer_types) == layers
+        _require(fits, "layer_types", self.layer_types, f"{layers} of {kinds}")
 
 
 @dataclass
@@ -222,28 +207,26 @@ class PaliGemmaConfig(_Config):
             self.text_config = text_class.from_dict(self.text_config)
         width, rows = self.text_config.hidden_size, self.text_config.vocab_size
         joint, pad = self.projection_dim, self.pad_token_id
-        expected = f"must equal the text model's hidden_size={width}"
-        _require(joint == width, f"projection_dim={joint} {expected}")
-        _require(pad < rows, f"pad_token_id={pad} must be below vocab_size={rows}")
+        expected = f"the text model's hidden_size={width}"
+        _require(joint == width, "projection_dim", joint, expected)
+        _require(pad < rows, "pad_token_id", pad, f"less than vocab_size={rows}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """Build from a config.json; transformers 5 writes `image_token_id`."""
-        index = (values.get("image_token_index"), values.get("image_token_id"))
-        return super().from_dict(values | {"image_token_index": _first_given(*index)})
+        index = values.get("image_token_index", values.get("image_token_id"))
+        packed = values.get("quantization_config")
+        _require(packed is None, "quantization_config", packed, "the original weights")
+        return super().from_dict(values | {"image_token_index": index})
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Read `folder/config.json`; FileNotFoundError where there is none, ValueError
-        where it is another model's.
-        """
+        """Read `folder/config.json`; raises OSError, or ValueError for another file."""
         path = Path(folder) / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(f"no config.json in {Path(folder)}")
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            named = isinstance(values, dict) and values.get("model_type")
-            _require(bool(named), "it says no model_type: expected 'paligemma'")
+            named = isinstance(values, dict) and bool(values.get("model_type"))
+            _require(named, "model_type", None, "'paligemma'")
             return cls.from_dict(values)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from None

@@ -7,12 +7,7 @@ import torch
 
 __all__ = ["FLOAT_TYPES", "choose_device", "choose_dtype"]
 
-FLOAT_TYPES = {  # by their names in a safetensors header
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
@@ -56,7 +51,7 @@ def choose_dtype(
             return torch.float32 if decoder == "gemma2" else torch.float16
         return torch.float32 if is_mps and stored == torch.float64 else stored
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if chosen not in FLOAT_TYPES.values():
+    if chosen not in FLOAT_TYPES:
         names = "'auto', '16-bit', 'float32', 'bfloat16', 'float16' or 'float64'"
         raise ValueError(f"the model can't compute in dtype={dtype!r}: use {names}")
     return chosen

@@ -15,25 +15,31 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .config import PaliGemmaConfig
 from .devices import FLOAT_TYPES, choose_device, choose_dtype
 from .hub import (
+    ADAPTER_FILE,
     COMPANIONS,
     EMBEDDED,
-    INDEX_FILE,
+    EMBEDDING,
     SMALL_FILES,
+    TIED,
+    StoredTensor,
     adapter_base,
+    canonical_name,
     find_checkpoint,
+    find_tensors,
     finish_save,
+    missing_file,
+    read_index,
     require_space,
 )
 from .paligemma import PaliGemmaForConditionalGeneration as PaliGemma
 from .processing import IMAGE_TOKEN, PaliGemmaProcessor
-from .shards import StoredTensor, find_tensors, missing_file, read_index
-from .tensor_names import EMBEDDING, TIED, canonical_name
 
 __all__ = [
     "load_hf_model", "make_processor", "save_hf_model", "describe_model",
@@ -41,37 +47,34 @@ __all__ = [
 ]  # fmt: skip
 
 
-def _misfit(tensors: dict[str, StoredTensor], why: str) -> ValueError:
-    folder = next((stored.file.parent for stored in tensors.values()), "the checkpoint")
-    why = shorten(why, 160, placeholder=" …")
-    advice = "give both of one model, adapters merged (merge_and_unload), not quantized"
-    return ValueError(f"{folder} doesn't fit its config.json: {why}: {advice}")
-
-
-def check_tensors(model: PaliGemma, tensors: dict[str, StoredTensor]) -> None:
+def check_tensors(model: PaliGemma, tensors: list[StoredTensor], whose: object) -> None:
     """Raise a ValueError unless names and shapes of `tensors` are exactly the model's.
 
-    One of embedding and output head may be absent: they are one matrix.
+    One of embedding and output head may be absent: they are one matrix. `whose`: what
+    the error begins with, like the folder that they come from.
     """
-    expected = {name: list(p.shape) for name, p in model.state_dict().items()}
+    expected = {name: [*p.shape] for name, p in model.state_dict().items()}
     seen, problems = {}, []
-    for name, (file, shape, dtype) in tensors.items():
+    for name, file, tensor in tensors:
         ours, where = canonical_name(name), f"{name} in {file.name}"
         if ours not in expected:
             problems.append(f"unexpected {where}")
         elif ours in seen:
-            problems.append(f"{where} repeats {seen[ours]}")
-        elif shape not in (None, expected[ours]):
+            problems.append(f"{where} repeats one in {seen[ours]}")
+        elif tensor is None:  # of an index: the shard may say more
+            pass
+        elif (shape := [*tensor.shape]) != expected[ours]:
             problems.append(f"{where} has shape {shape}, not {expected[ours]}")
-        elif dtype not in (None, *FLOAT_TYPES):
-            problems.append(f"{where} has dtype {dtype}, not {', '.join(FLOAT_TYPES)}")
-        seen[ours] = where
-    may_miss = TIED if EMBEDDING in seen or TIED not in seen else EMBEDDING
-    missing = [name for name in expected if name not in seen and name != may_miss]
-    problems += [f"missing {name}" for name in missing]
+        elif tensor.dtype not in FLOAT_TYPES:
+            problems.append(f"{where} has dtype {tensor.dtype}, not in {FLOAT_TYPES}")
+        seen[ours] = file.name
+    seen[EMBEDDING if TIED in seen else TIED] = None  # one matrix: one name is enough
+    problems += [f"missing {name}" for name in expected if name not in seen]
     if problems:
         more = f"{len(problems)} tensors: " if len(problems) > 1 else ""
-        raise _misfit(tensors, more + "; ".join(problems))
+        why = shorten(more + "; ".join(problems), 160, placeholder=" …")
+        advice = "give both of one model, not quantized, LoRA merged (merge_and_unload)"
+        raise ValueError(f"{whose} doesn't fit its config.json: {why}: {advice}")
 
 
 class _SkipInit(TorchFunctionMode):
@@ -91,32 +94,25 @@ def empty_model(config: PaliGemmaConfig) -> PaliGemma:
 
 
 def read_weights(
-    model: PaliGemma,
-    tensors: dict[str, StoredTensor],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Put `tensors` into an empty model, one at a time.
+    tensors: list[StoredTensor], device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The tensors by their names in our model, read one at a time.
 
     On the CPU in the file's own dtype they stay mapped from the file, not copied.
     Raises ValueError where an output head in the files isn't the embedding.
     """
     state: dict[str, Tensor] = {}
-    for file in sorted({stored.file for stored in tensors.values()}):
-        with safe_open(file, "pt") as opened:
-            for name in opened.keys():
-                tensor = opened.get_tensor(name)  # mapped: nothing is read yet
-                if device.type != "cpu" or tensor.dtype != dtype:
-                    with safe_open(file, "pt") as once:  # closed, its pages are gone
-                        tensor = once.get_tensor(name).to(device, dtype)
-                state[canonical_name(name)] = tensor
+    for name, file, tensor in tensors:
+        if device.type != "cpu" or tensor.dtype != dtype:
+            with safe_open(file, "pt") as opened:  # closed again, its pages are gone
+                tensor = opened.get_tensor(name).to(device, dtype)
+        state[canonical_name(name)] = tensor
     embedding = state.setdefault(EMBEDDING, state.get(TIED))
     head = state.setdefault(TIED, embedding)
     if head is not embedding and not torch.equal(head, embedding):
         differ = f"{EMBEDDING} and {TIED} differ in {file.parent}"
         raise ValueError(f"{differ}: PaliGemma ties them, this is another model")
-    model.load_state_dict(state, strict=True, assign=True)
-    model.tie_weights()
+    return state
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -132,71 +128,88 @@ def load_tokenizer(folder: Path) -> Any:
         raise FileNotFoundError(what) from error
 
 
-def read_config(folder: Path) -> PaliGemmaConfig:
-    """A checkpoint's config; ValueError for one that isn't a PaliGemma's."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise missing_file(path.name, folder)
-    config = PaliGemmaConfig.from_pretrained(folder)
-    if json.loads(path.read_text("utf-8")).get("quantization_config") is not None:
-        raise ValueError(f"{path} is of quantized weights: give the original ones")
-    return config
-
-
-def _companions_in(folder: Path) -> list[str]:
-    return [name for name in COMPANIONS if (folder / name).is_file()]
-
-
-def _fit_model(config: PaliGemmaConfig, tensors: dict[str, StoredTensor]) -> PaliGemma:
-    "An empty model with exactly these tensors' names and shapes, or a ValueError."
-    vision, tokens = config.vision_config, config.vision_config.num_image_tokens
-    layers = max(vision.num_hidden_layers, config.text_config.num_hidden_layers)
-    sizes = [size for stored in tensors.values() for size in stored.shape or ()]
-    if layers > len(tensors) or tokens > max(sizes, default=tokens):  # don't build it
-        promised = f"it promises {layers} layers and {tokens} image tokens"
-        raise _misfit(tensors, f"{promised}, too many for {len(tensors)} tensors")
-    model = empty_model(config)
-    check_tensors(model, tensors)
-    return model
+def _companions_in(folder: Path) -> list[Path]:
+    return [folder / name for name in COMPANIONS if (folder / name).is_file()]
 
 
 def load_hf_model(
     model_path: str | os.PathLike | None = None,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
-    revision: str | None = None,
 ) -> tuple[PaliGemma, Any]:
     """Load (model, tokenizer) from a folder, a hub id, or None: the embedded one.
 
-    A hub id may end in `@revision`: a branch, tag or commit; `revision` says the same.
-    Names and shapes of all tensors, in any of three layouts, are checked before a
-    weight is read. Of an adapter (LoRA, in peft's layout) comes its base model, merged
-    with it. The model is in eval mode; `name_or_path` is its folder, and `companions`
-    lists the files of its mask tokens there.
+    A hub id may end in `@revision`: a branch, tag or commit. Names and shapes of all
+    tensors, in any of three layouts, are checked before a weight is read. Of an adapter
+    (LoRA, in peft's layout) comes its base model, merged with it. The model is in eval
+    mode; `name_or_path` is its folder, `companions` the files of its mask tokens there.
     Raises FileNotFoundError and ValueError that name the file and the tensor.
     """
     device = choose_device(device)
     choose_dtype(dtype, torch.float32, device)  # a wrong name: before anything is read
-    folder = find_checkpoint(model_path, revision, SMALL_FILES)
+    folder = find_checkpoint(model_path, SMALL_FILES)
     if (base := adapter_base(folder)) is not None:
-        from .lora import apply_adapter  # imports peft, which is slow
-
         model, tokenizer = load_hf_model(base, device, dtype)
         files = ["adapter_*.json", "adapter_*.safetensors"]
-        apply_adapter(model, find_checkpoint(model_path, revision, files))
+        apply_adapter(model, find_checkpoint(model_path, files))
         return model, tokenizer
-    config, tokenizer = read_config(folder), load_tokenizer(folder)
-    if (folder / INDEX_FILE).is_file() and not any(folder.glob("*.safetensors")):
-        _fit_model(config, read_index(folder / INDEX_FILE))  # before gigabytes come
-    folder = find_checkpoint(model_path, revision)
+    if not (folder / "config.json").is_file():
+        raise missing_file("config.json", folder)
+    config, tokenizer = PaliGemmaConfig.from_pretrained(folder), load_tokenizer(folder)
+    model = empty_model(config)
+    if promised := read_index(folder):
+        check_tensors(model, promised, folder)  # before gigabytes come
+    folder = find_checkpoint(model_path).resolve()
     tensors = find_tensors(folder)
-    model = _fit_model(config, tensors)
-    dtypes = {canonical_name(name): stored.dtype for name, stored in tensors.items()}
-    stored = FLOAT_TYPES[dtypes.get(EMBEDDING) or dtypes[TIED]]
+    check_tensors(model, tensors, folder)
+    dtypes = {canonical_name(name): tensor.dtype for name, _, tensor in tensors}
+    stored = dtypes.get(EMBEDDING) or dtypes[TIED]
     dtype = choose_dtype(dtype, stored, device, config.text_config.model_type)
-    read_weights(model, tensors, device, dtype)
-    model.name_or_path, model.companions = str(folder.resolve()), _companions_in(folder)
+    state = read_weights(tensors, device, dtype)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.tie_weights()
+    model.name_or_path, model.companions = str(folder), _companions_in(folder)
     return model.to(device).eval(), tokenizer  # the buffers move too
+
+
+def apply_adapter(model: nn.Module, folder: Path) -> None:
+    """Merge the LoRA adapter in `folder` into the model's weights.
+
+    Each of its tensors must be for a part that the model has, by its name in any of the
+    three layouts. Raises FileNotFoundError and ValueError.
+    Source: Hu et al. 2022, in peft's implementation.
+    """
+    from peft import LoraConfig, PeftModel, set_peft_model_state_dict  # slow to import
+
+    if not (folder / ADAPTER_FILE).is_file():
+        raise missing_file(ADAPTER_FILE, folder)
+    prefix = "base_model.model."  # before every name in peft's files
+    try:
+        tensors = load_file(folder / ADAPTER_FILE).items()
+        state = {canonical_name(name.removeprefix(prefix)): t for name, t in tensors}
+        lora = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+        whole = {name: tensor for name, tensor in state.items() if name not in lora}
+        config = LoraConfig.from_pretrained(folder)
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"it is {config.peft_type}, and only LORA is read")
+        model.load_state_dict(model.state_dict() | whole)
+        config.target_modules = {name.partition(".lora_")[0] for name in lora}
+        config.modules_to_save = config.exclude_modules = None
+        config.layers_to_transform = None
+        for pattern in (config.rank_pattern, config.alpha_pattern):
+            for name in list(pattern):
+                pattern[canonical_name(name)] = pattern.pop(name)
+        adapters = PeftModel(model, config)
+        named = {prefix + name: tensor for name, tensor in lora.items()}
+        loaded = set_peft_model_state_dict(adapters, named)
+        missing = [name for name in loaded.missing_keys if ".lora_" in name]
+        if missing or loaded.unexpected_keys:
+            raise ValueError(f"odd tensors {missing + loaded.unexpected_keys}")
+        adapters.merge_and_unload()
+    except Exception as error:  # peft's and safetensors' are of every kind
+        why = " ".join(str(error).split())
+        raise ValueError(f"{folder}'s adapter can't be merged: {why:.160}") from error
+    model.requires_grad_(True)
 
 
 def make_processor(model: PaliGemma, tokenizer: Any) -> PaliGemmaProcessor:
@@ -237,18 +250,17 @@ def _companions_of(
     model: PaliGemma, folder: Path, companions_from: str | os.PathLike | None
 ) -> list[Path]:
     "The files of a model's mask tokens: of `companions_from`, or those it came with."
-    source = Path(companions_from or getattr(model, "name_or_path", ""))
-    there, names = _companions_in(source), getattr(model, "companions", [])
+    files = getattr(model, "companions", [])
     if companions_from is not None:
-        names = there or COMPANIONS[:1]
-    if gone := {*names} - {*there}:
-        needed = f"no {min(gone)} in {source}, and this model's masks need it"
+        source = Path(companions_from)
+        files = _companions_in(source) or [source / COMPANIONS[0]]
+    if gone := [file for file in files if not file.is_file()]:
+        needed = f"there is no {gone[0]}, and this model's masks need it"
         raise FileNotFoundError(f"{needed}: give its folder as companions_from")
-    others = {*_companions_in(folder)} - {*names}
-    if others and source.resolve() != folder.resolve():
-        other = f"{folder} holds another model's {min(others)}"
+    if others := {*_companions_in(folder)} - {folder / file.name for file in files}:
+        other = f"{min(others)} is another model's"
         raise ValueError(f"{other}: save elsewhere, or give companions_from")
-    return [source / name for name in names]
+    return files
 
 
 def _tensors_to_save(model: nn.Module) -> tuple[PaliGemma, dict[str, Tensor]]:
@@ -260,13 +272,10 @@ def _tensors_to_save(model: nn.Module) -> tuple[PaliGemma, dict[str, Tensor]]:
             kind = type(model).__name__
             raise ValueError(f"can't save a {kind}: merge adapters (merge_and_unload)")
     state = {canonical_name(name): t for name, t in inner.state_dict().items()}
-    wanted = {n: t.shape for n, t in empty_model(inner.config).state_dict().items()}
-    for name in sorted({*state, *wanted}):
-        tensor = state.get(name)  # of its own class where it is one shard of several
-        plain = type(tensor) is Tensor and tensor.dtype in FLOAT_TYPES.values()
-        if not plain or tensor.is_meta or tensor.shape != wanted.get(name):
-            advice = "merge adapters (merge_and_unload), gather shards, don't quantize"
-            raise ValueError(f"{name} isn't the plain tensor of the config: {advice}")
+    found = [StoredTensor(name, Path("state_dict"), t) for name, t in state.items()]
+    check_tensors(empty_model(inner.config), found, "the model")
+    if odd := [n for n, t in state.items() if t.is_meta or type(t) is not Tensor]:
+        raise ValueError(f"{odd[0]} isn't a plain tensor: gather its shards first")
     head, embedding = state.pop(TIED), state[EMBEDDING]
     if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
         raise ValueError(f"{TIED} isn't {EMBEDDING} any more: call tie_weights first")
