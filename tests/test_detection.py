@@ -14,11 +14,11 @@ from vlm.detection import (
     parse_detections,
     split_objects,
 )
-from vlm.processing import box_to_locs, loc_token, seg_token
+from vlm.processing import box_to_locs, codes_to_segs
 from vlm.sampling import Generation
 
 BOX = "<loc0100><loc0200><loc0300><loc0400>"
-SEGS = "".join(seg_token(code) for code in range(16))
+SEGS = codes_to_segs(range(16))
 
 
 def answer(*pairs: tuple[str, float]) -> Generation:
@@ -104,7 +104,7 @@ def test_an_exact_repeat_is_left_out_and_counted():
 
 
 def test_the_first_of_equal_objects_keeps_its_score():
-    locs = [loc_token(n) for n in (100, 200, 300, 400)]
+    locs = [f"<loc{n:04d}>" for n in (100, 200, 300, 400)]
     text = answer(
         *((p, 0.5) for p in locs), (" owl ; ", 0.5), *((p, 0.9) for p in locs)
     )
@@ -139,7 +139,7 @@ def test_answers_to_segment_parse_too():
 
 
 def test_the_score_is_the_geometric_mean_of_the_things_own_tokens():
-    locs = [(loc_token(n), 0.5) for n in (100, 200, 300, 400)]
+    locs = [(f"<loc{n:04d}>", 0.5) for n in (100, 200, 300, 400)]
     text = answer(
         *locs, (" hot", 0.8), (" dog", 0.9), (" ;", 0.001), (" ", 0.002),
         *((piece, 0.25) for piece, _ in locs), (" owl", 0.25), ("", 0.003),
@@ -152,7 +152,7 @@ def test_the_score_is_the_geometric_mean_of_the_things_own_tokens():
 
 
 def test_a_probability_of_zero_is_a_low_score_and_no_error():
-    locs = [(loc_token(n), 0.0) for n in (100, 200, 300, 400)]
+    locs = [(f"<loc{n:04d}>", 0.0) for n in (100, 200, 300, 400)]
     (owl,) = parse_detections(answer(*locs, (" owl", 0.0)), 100, 100)
     assert 0 < owl.score < 1e-9
 

@@ -3,11 +3,7 @@ import torch
 from reference import pair, random_inputs, tiny_config
 
 from vlm.masks import make_attn_mask
-from vlm.merging import (
-    can_read_values,
-    merge_image_features,
-    repeat_image_features,
-)
+from vlm.merging import can_read_values, merge_image_features
 
 RAGGED = [
     ((5, 2, 3), (0, 0, 0)),  # to generate
@@ -118,14 +114,20 @@ def test_values_are_read_on_the_cpu_and_in_no_trace():
 
 
 def test_pictures_are_shared_by_consecutive_rows():
-    features = torch.randn(2, 3, 4)
-    shared = repeat_image_features(features, 6)
+    features, words = torch.randn(2, 3, 4), torch.randn(6, 3, 4)
+    everywhere = torch.ones(6, 3, dtype=torch.bool)
+    shared = merge_image_features(words, features, everywhere)
     assert torch.equal(shared, features[[0, 0, 0, 1, 1, 1]])
-    assert torch.equal(repeat_image_features(features, 2), features)
+    alone = merge_image_features(words[:2], features, everywhere[:2])
+    assert torch.equal(alone, features)
 
 
 @pytest.mark.parametrize("pictures, rows", [(2, 3), (3, 2), (0, 2)])
 def test_pictures_that_do_not_come_out_even_are_an_error(pictures, rows):
     message = f"{pictures} pictures can't serve {rows} rows evenly"
     with pytest.raises(ValueError, match=message):
-        repeat_image_features(torch.randn(pictures, 3, 4), rows)
+        merge_image_features(
+            torch.randn(rows, 5, 4),
+            torch.randn(pictures, 3, 4),
+            torch.ones(rows, 5, dtype=torch.bool),
+        )

@@ -119,6 +119,12 @@ def test_wrong_size_is_refused(shape):
         embeddings(torch.zeros(shape))
 
 
+def test_bytes_are_refused(no_type_checks):
+    embeddings = SiglipVisionEmbeddings(SiglipVisionConfig(**SIZES[0]))
+    with pytest.raises(ValueError, match="uint8 .*takes .* floats"):
+        embeddings(torch.zeros(1, 3, 28, 28, dtype=torch.uint8))
+
+
 @pytest.mark.parametrize("shape", [(2, 28, 28, 3), (2, 3, 28, 14), (3, 28, 28)])
 def test_shapes_that_the_signature_forbids(shape):
     """Color last, not square, no batch: the checked signature speaks first in tests."""

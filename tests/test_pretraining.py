@@ -37,7 +37,7 @@ from vlm.pretraining import (
     two_phase_schedule,
     validation_losses,
 )
-from vlm.processing import PaliGemmaProcessor, loc_token, seg_token
+from vlm.processing import PaliGemmaProcessor
 from vlm.questions import EMPTY_CAPTION, sample_question
 from vlm.runs import run_folder
 from vlm.scene_dataset import (
@@ -94,12 +94,12 @@ def small_model(tokenizer, seed=0, **_):
     }
     config["text_config"] |= {"num_hidden_layers": 1, "intermediate_size": 64}
     model = PaliGemmaForConditionalGeneration(PaliGemmaConfig.from_dict(config))
-    initialize(model, tokenizer.convert_tokens_to_ids(loc_token(0)))
+    initialize(model, tokenizer.convert_tokens_to_ids("<loc0000>"))
     return model
 
 
 def make_objective(processor, vqvae, config=CONFIG):
-    first_seg = processor.tokenizer.convert_tokens_to_ids(seg_token(0))
+    first_seg = processor.tokenizer.convert_tokens_to_ids("<seg000>")
     model = small_model(processor.tokenizer)
     return PretrainingObjective(model, vqvae.decoder.codebook, first_seg, config)
 
@@ -125,7 +125,7 @@ def test_sincos_positions_are_all_different():
 
 
 def test_initial_values_are_those_that_were_asked_for(world_tokenizer):
-    first = world_tokenizer.convert_tokens_to_ids(loc_token(0))
+    first = world_tokenizer.convert_tokens_to_ids("<loc0000>")
 
     def parts(**options):
         model, _ = new_model(3, world_tokenizer, **options)

@@ -180,7 +180,7 @@ def test_segment_asks_the_encoder_for_each_mask(scenes):
         x0, y0, x1, y1 = item.box
         assert mask.shape == (y1 - y0, x1 - x0)
         assert mask.sum() == item.mask.sum()
-    with pytest.raises(ValueError, match="seg code 128"):
+    with pytest.raises(ValueError, match="outside 0…127"):
         object_strings(scene, kinds, lambda mask: [128] * 16)
 
 

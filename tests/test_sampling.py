@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from vlm.detection import parse_detections
 from vlm.kv_cache import KVCache
 from vlm.paligemma import PaliGemmaForConditionalGeneration
-from vlm.processing import loc_token, seg_token
+from vlm.processing import EXTRA_TOKENS
 from vlm.sampling import (
     GenerationConfig,
     IncrementalDetokenizer,
@@ -553,15 +553,14 @@ def test_special_tokens_are_left_out_and_places_stay(tokenizer):
 
 @pytest.mark.parametrize("how", ["when made", "later"])
 def test_places_stay_where_the_tokenizer_calls_them_special(how):
-    marks = [loc_token(i) for i in range(1024)] + [seg_token(i) for i in range(128)]
-    made = dict(extra_special_tokens=["<image>", *marks]) if how == "when made" else {}
+    made = dict(extra_special_tokens=EXTRA_TOKENS) if how == "when made" else {}
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(trained_tokenizer().to_str()),
         pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
         **made,
     )  # fmt: skip
     if how == "later":
-        tokenizer.add_special_tokens({"extra_special_tokens": ["<image>", *marks]})
+        tokenizer.add_special_tokens({"extra_special_tokens": EXTRA_TOKENS})
     answer = "<loc0102><loc0051><loc0614><loc0409> owl ; <seg001><seg127>"
     ids = tokenizer.encode(answer, add_special_tokens=False)
     assert {*ids} & {*tokenizer.all_special_ids}  # what used to vanish

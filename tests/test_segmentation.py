@@ -17,7 +17,7 @@ from vlm.hub import EMBEDDED
 from vlm.images import load_image
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
 from vlm.metrics import mean_iou
-from vlm.processing import box_to_locs, loc_token, locs_to_box, seg_token
+from vlm.processing import box_to_locs, codes_to_segs, locs_to_box
 from vlm.questions import segment_question
 from vlm.sampling import Generation
 from vlm.scenes import VALIDATION_SEEDS, make_scene
@@ -33,7 +33,7 @@ from vlm.segmentation import (
 )
 
 BOX = "<loc0100><loc0200><loc0300><loc0400>"  # y0 x0 y1 x1
-SEGS = "".join(seg_token(code) for code in range(16))
+SEGS = codes_to_segs(range(16))
 
 
 class Filled(MaskDecoder):
@@ -74,7 +74,7 @@ def test_the_mask_lies_where_the_box_is():
 
 def test_all_objects_go_through_the_decoder_in_one_call():
     decoder = Filled()
-    other = "".join(seg_token(code) for code in range(100, 116))
+    other = codes_to_segs(range(100, 116))
     text = f"{BOX}{SEGS} hot dog ; {BOX}{other} owl;{BOX}{SEGS}  a <b> c "
     found = parse_segmentations(text, 64, 48, decoder)
     assert [s.label for s in found] == ["hot dog", "owl", "a <b> c"]
@@ -87,7 +87,7 @@ def test_objects_together_are_what_they_are_alone(embedded):
     rng = random.Random(0)
     things = []
     for label in ("owl", "bat", "cow"):
-        segs = "".join(seg_token(rng.randrange(128)) for _ in range(16))
+        segs = codes_to_segs([rng.randrange(128) for _ in range(16)])
         things.append(f"{BOX}{segs} {label}")
     together = parse_segmentations(" ; ".join(things), 300, 200, embedded)
     for one, text in zip(together, things, strict=True):
@@ -169,8 +169,11 @@ def test_what_is_no_decoder_is_refused_even_where_nothing_was_found(decoder):
 
 
 def test_the_score_is_that_of_all_the_objects_tokens():
-    pieces = [(loc_token(n), 0.5) for n in (100, 200, 300, 400)]
-    pieces += [(seg_token(n), 0.25) for n in range(16)] + [(" owl", 0.9), ("", 0.001)]
+    pieces = [(f"<loc{n:04d}>", 0.5) for n in (100, 200, 300, 400)]
+    pieces += [(f"<seg{n:03d}>", 0.25) for n in range(16)] + [
+        (" owl", 0.9),
+        ("", 0.001),
+    ]
     names, chances = map(list, zip(*pieces))
     answer = Generation(list(range(len(pieces))), chances, names)
     (owl,) = parse_segmentations(answer, 100, 100, Filled())

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .config import PaliGemmaConfig
 from .paligemma import PaliGemmaForConditionalGeneration
-from .processing import IMAGE_TOKEN, NUM_LOCS, loc_token
+from .processing import IMAGE_TOKEN, NUM_LOCS
 from .world_tokenizer import tokenizer_corpus, train_tokenizer
 
 __all__ = ["new_model"]
@@ -122,6 +122,6 @@ def new_model(
     torch.manual_seed(seed)
     config = embedded_config(tokenizer, num_key_value_heads)
     model = PaliGemmaForConditionalGeneration(config)
-    first_loc = tokenizer.convert_tokens_to_ids(loc_token(0))
+    first_loc = tokenizer.convert_tokens_to_ids("<loc0000>")
     initialize(model, first_loc, loc_init, position_init)
     return model, tokenizer

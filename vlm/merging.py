@@ -20,14 +20,6 @@ def rows_per_image(images: int, num_rows: int) -> int:
     return num_rows // images
 
 
-def repeat_image_features(
-    image_features: Float[Tensor, "images N D"], num_rows: int
-) -> Float[Tensor, "B N D"]:
-    """Repeat each image's features for its rows; ValueError if they don't divide."""
-    repeats = rows_per_image(image_features.shape[0], num_rows)
-    return image_features.repeat_interleave(repeats, dim=0)  # [B, N, D]
-
-
 def can_read_values(tensor: Tensor) -> bool:
     """Whether a check may read values: on the CPU, and where no graph is traced.
 
@@ -43,11 +35,12 @@ def merge_image_features(
 ) -> Float[Tensor, "B T D"]:
     """Put each row's N image features, in order, where its `image_mask` is True.
 
-    Fewer images than rows serve consecutive rows: see `repeat_image_features`.
+    Fewer images than rows serve consecutive rows: see `rows_per_image`.
     Raises ValueError where a row hasn't exactly N image tokens; where values can't be
     read, all features become NaN instead.
     """
-    features = repeat_image_features(image_features, image_mask.shape[0])  # [B, N, D]
+    repeats = rows_per_image(image_features.shape[0], image_mask.shape[0])
+    features = image_features.repeat_interleave(repeats, dim=0)  # [B, N, D]
     counts = image_mask.sum(dim=1)  # [B]
     wrong = (counts != features.shape[1]).any()
     if can_read_values(wrong) and wrong:

@@ -3,7 +3,6 @@
 Built in notebooks/02_patch_embeddings.ipynb: edit it there, then run `make export`.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,19 +22,11 @@ class SiglipVisionEmbeddings(nn.Module):
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.config = config
+        width, patch = config.hidden_size, config.patch_size
         self.patch_embedding = nn.Conv2d(
-            in_channels=config.num_channels,
-            out_channels=config.hidden_size,
-            kernel_size=config.patch_size,
-            stride=config.patch_size,
+            config.num_channels, width, kernel_size=patch, stride=patch
         )
-        self.position_embedding = nn.Embedding(
-            config.num_image_tokens, config.hidden_size
-        )
-        # Not a weight, but it must move to the GPU with the weights.
-        self.register_buffer(
-            "position_ids", torch.arange(config.num_image_tokens), persistent=False
-        )
+        self.position_embedding = nn.Embedding(config.num_image_tokens, width)
 
     def forward(self, pixel_values: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
         """Pixels in [-1, 1] → one vector a patch, row by row from the top left.
@@ -43,18 +34,15 @@ class SiglipVisionEmbeddings(nn.Module):
         Raises ValueError for a shape other than the config's, and for integers: pixels
         of 0…255 must be scaled first.
         """
-        if not pixel_values.is_floating_point():
-            raise ValueError(
-                f"pixel_values are {pixel_values.dtype}, expected floats from -1 to 1"
-            )
         channels, side = self.config.num_channels, self.config.image_size
-        if pixel_values.shape[1:] != (channels, side, side):
+        fits = pixel_values.shape[1:] == (channels, side, side)
+        if not (fits and pixel_values.is_floating_point()):
             raise ValueError(
-                f"pixel_values have shape {list(pixel_values.shape)}, but this model "
-                f"takes [batch, {channels}, {side}, {side}]: use a processor with "
-                f"image_size={side}"
+                f"pixel_values are {pixel_values.dtype} of shape "
+                f"{list(pixel_values.shape)}, but this model takes [batch, {channels}, "
+                f"{side}, {side}], floats: use a processor with image_size={side}"
             )
         pixel_values = pixel_values.to(self.patch_embedding.weight.dtype)
         patches = self.patch_embedding(pixel_values)  # [B, D, S/P, S/P]
         patches = patches.flatten(2).transpose(1, 2)  # [B, N, D]
-        return patches + self.position_embedding(self.position_ids)
+        return patches + self.position_embedding.weight  # one row a patch, in order

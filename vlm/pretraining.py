@@ -21,7 +21,7 @@ from .initialization import new_model
 from .mask_tokens import Codebook, MaskDecoder, MaskVQVAE
 from .packing import packed_mask
 from .paligemma import PaliGemmaForConditionalGeneration
-from .processing import NUM_LOCS, NUM_SEGS, PaliGemmaProcessor, loc_token, seg_token
+from .processing import NUM_LOCS, NUM_SEGS, PaliGemmaProcessor
 from .questions import sample_question
 from .runs import publish, run_command, setting
 from .scene_dataset import TASKS, SceneDataset, collate, encode_masks
@@ -235,7 +235,7 @@ def validation_losses(
 
     A question of each task about each validation scene, each question alone.
     """
-    first_tokens = [loc_token(0), seg_token(0)]
+    first_tokens = ["<loc0000>", "<seg000>"]
     first_loc, first_seg = processor.tokenizer.convert_tokens_to_ids(first_tokens)
     targets, losses = [], []
     for seed in VALIDATION_SEEDS[:num_scenes]:
@@ -303,7 +303,7 @@ def run(
         position_init=config.position_init,
     )
     processor = make_processor(model, tokenizer)
-    first_seg = tokenizer.convert_tokens_to_ids(seg_token(0))
+    first_seg = tokenizer.convert_tokens_to_ids("<seg000>")
     objective = PretrainingObjective(model, codebook, first_seg, config)
     vision_only = config.vision_steps * config.batch_size
     dataset = SceneDataset(processor, vqvae, vision_only, config.questions_per_image)

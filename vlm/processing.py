@@ -8,7 +8,7 @@ import operator
 import re
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Literal, SupportsIndex
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 from .images import ImageLike, image_to_pixels, load_image
 
 __all__ = [
-    "NUM_LOCS", "NUM_SEGS", "IMAGE_TOKEN", "Box", "loc_token", "seg_token",
-    "check_size", "box_to_locs", "locs_to_box", "codes_to_segs", "segs_to_codes",
-    "check_tokens", "PaliGemmaProcessor",
+    "NUM_LOCS", "NUM_SEGS", "IMAGE_TOKEN", "EXTRA_TOKENS", "Box", "check_size",
+    "box_to_locs", "locs_to_box", "codes_to_segs", "segs_to_codes", "check_tokens",
+    "PaliGemmaProcessor",
 ]  # fmt: skip
 
 NUM_LOCS = 1024  # <loc0000> … <loc1023>: a coordinate in 1024 steps
@@ -32,20 +32,6 @@ EXTRA_TOKENS = [  # what PaliGemma adds to Gemma's tokenizer, in the order of th
 ]
 
 Box = tuple[float, float, float, float]  # x0, y0, x1, y1
-
-
-def loc_token(index: SupportsIndex) -> str:
-    """`<loc0000>` … `<loc1023>`; ValueError outside, TypeError for a fraction."""
-    if not 0 <= operator.index(index) < NUM_LOCS:
-        raise ValueError(f"loc index {index} is outside 0…{NUM_LOCS - 1}")
-    return EXTRA_TOKENS[index]
-
-
-def seg_token(code: SupportsIndex) -> str:
-    """`<seg000>` … `<seg127>`; ValueError outside, TypeError for a fraction."""
-    if not 0 <= operator.index(code) < NUM_SEGS:
-        raise ValueError(f"seg code {code} is outside 0…{NUM_SEGS - 1}")
-    return EXTRA_TOKENS[NUM_LOCS + operator.index(code)]
 
 
 def add_paligemma_tokens(tokenizer: Any) -> Any:
@@ -75,7 +61,7 @@ def box_to_locs(box: Box, width: float, height: float) -> str:
     x0, y0, x1, y1 = map(float, box)
     fractions = (y0 / height, x0 / width, y1 / height, x1 / width)
     bins = [round(min(max(v, 0.0), 1.0) * (NUM_LOCS - 1)) for v in fractions]
-    return "".join(map(loc_token, bins))
+    return "".join(EXTRA_TOKENS[u] for u in bins)  # loc tokens come first
 
 
 def locs_to_box(text: str, width: float, height: float) -> Box | None:
@@ -94,8 +80,10 @@ def locs_to_box(text: str, width: float, height: float) -> Box | None:
 
 
 def codes_to_segs(codes: Sequence[int]) -> str:
-    """Codes 0…127 → seg tokens, one after another; errors as in `seg_token`."""
-    return "".join(map(seg_token, codes))
+    """Codes → seg tokens, one after another; ValueError unless all are in 0…127."""
+    if not all(0 <= operator.index(code) < NUM_SEGS for code in codes):
+        raise ValueError(f"{codes} holds a code outside 0…{NUM_SEGS - 1}")
+    return "".join(EXTRA_TOKENS[NUM_LOCS + int(code)] for code in codes)
 
 
 def segs_to_codes(text: str) -> list[int] | None:
@@ -106,25 +94,30 @@ def segs_to_codes(text: str) -> list[int] | None:
 
 def pack_rows(
     prefixes: Sequence[list[int]],
-    suffixes: Sequence[list[int]],
+    suffixes: Sequence[list[int]] | None = None,
     pad_token_id: int = 0,
-    padding: Literal["left", "right"] = "right",
 ) -> dict[str, Tensor]:
     """Rows of ids, each of its own length → tensors [B, T], padded to the longest.
 
-    `input_ids`; `attention_mask`, 1 for real tokens; `token_type_ids`, 1 for suffix
-    tokens; `labels`, the suffix's ids and -100 elsewhere.
+    `input_ids`; `attention_mask`, 1 for real tokens; padded on the left. With suffixes
+    on the right; then also `token_type_ids`, 1 for suffix tokens, and `labels`, the
+    suffix's ids and -100 elsewhere.
     """
 
-    def pad(rows: list[list[int]], value: int) -> Tensor:
-        tensors = [torch.tensor(row) for row in rows]
-        return pad_sequence(tensors, True, value, padding)  # [B, T]
+    side = "left" if suffixes is None else "right"
 
+    def pad(rows: list[list[int]], value: int = 0) -> Tensor:
+        tensors = [torch.tensor(row) for row in rows]
+        return pad_sequence(tensors, True, value, side)  # [B, T]
+
+    if suffixes is None:
+        mask = [[1] * len(p) for p in prefixes]
+        return {"input_ids": pad(prefixes, pad_token_id), "attention_mask": pad(mask)}
     rows = list(zip(prefixes, suffixes, strict=True))
     return {
         "input_ids": pad([p + s for p, s in rows], pad_token_id),
-        "attention_mask": pad([[1] * len(p + s) for p, s in rows], 0),
-        "token_type_ids": pad([[0] * len(p) + [1] * len(s) for p, s in rows], 0),
+        "attention_mask": pad([[1] * len(p + s) for p, s in rows]),
+        "token_type_ids": pad([[0] * len(p) + [1] * len(s) for p, s in rows]),
         "labels": pad([[-100] * len(p) + s for p, s in rows], -100),
     }
 
@@ -190,10 +183,10 @@ class PaliGemmaProcessor:
     """
 
     def __init__(self, tokenizer: Any, num_image_tokens: int, image_size: int):
-        if _first_wrong_token(tokenizer):
-            ids = {*tokenizer.convert_tokens_to_ids(EXTRA_TOKENS)}
-            if ids.isdisjoint({None, tokenizer.unk_token_id}):  # it knows all of them
-                add_paligemma_tokens(tokenizer)
+        if _first_wrong_token(tokenizer) and {*EXTRA_TOKENS} <= {
+            *tokenizer.get_vocab()
+        }:
+            add_paligemma_tokens(tokenizer)
         if token := _first_wrong_token(tokenizer):
             raise ValueError(
                 f"{token} isn't one token of this tokenizer, in PaliGemma's order: "
@@ -234,22 +227,18 @@ class PaliGemmaProcessor:
         With `suffix`, to train: padded on the right, with `token_type_ids` (1 on the
         suffix) and `labels` (-100 off it). ValueError for numbers that don't fit.
         """
-        texts = _as_strings(text, "text")
-        suffixes = None if suffix is None else _as_strings(suffix, "suffix")
+        prefixes = [self.encode_prefix(prompt) for prompt in _as_strings(text, "text")]
+        suffixes = None
+        if suffix is not None:
+            suffixes = [self.encode_suffix(s) for s in _as_strings(suffix, "suffix")]
         images = list(images) if isinstance(images, (list, tuple)) else [images]
-        if not texts or not images or len(texts) % len(images):
+        if not prefixes or not images or len(prefixes) % len(images):
             raise ValueError(
-                f"{len(texts)} prompts, but {len(images)} pictures: give one for each "
-                "prompt, or one for every n consecutive prompts"
+                f"{len(prefixes)} prompts, but {len(images)} pictures: give one for "
+                "each prompt, or one for every n consecutive prompts"
             )
-        if suffixes is not None and len(suffixes) != len(texts):
-            raise ValueError(f"{len(texts)} prompts, but {len(suffixes)} suffixes")
+        if suffixes is not None and len(suffixes) != len(prefixes):
+            raise ValueError(f"{len(prefixes)} prompts, but {len(suffixes)} suffixes")
         pixels = [image_to_pixels(load_image(i), self.image_size) for i in images]
-        prefixes = [self.encode_prefix(prompt) for prompt in texts]
-        if suffixes is None:
-            rows = pack_rows(prefixes, [[]] * len(texts), self.pad_token_id, "left")
-            del rows["token_type_ids"], rows["labels"]
-        else:
-            answers = [self.encode_suffix(answer) for answer in suffixes]
-            rows = pack_rows(prefixes, answers, self.pad_token_id, "right")
+        rows = pack_rows(prefixes, suffixes, self.pad_token_id)
         return {**rows, "pixel_values": torch.stack(pixels)}  # [pictures, 3, S, S]

@@ -3,7 +3,6 @@
 Built in notebooks/03_siglip.ipynb: edit it there, then run `make export`.
 """
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,16 +41,6 @@ class SiglipAttention(nn.Module):
         output = F.scaled_dot_product_attention(query_states, key_states, value_states)
         return self.out_proj(output.transpose(1, 2).flatten(2))  # [B, N, D]
 
-    def attention_weights(
-        self, hidden_states: Float[Tensor, "B N D"]
-    ) -> Float[Tensor, "B H N N"]:
-        """The weights themselves, for figures: the fused kernel never stores them."""
-        query_states = self._split_heads(self.q_proj(hidden_states))  # [B, H, N, Dh]
-        key_states = self._split_heads(self.k_proj(hidden_states))  # [B, H, N, Dh]
-        scores = query_states @ key_states.transpose(2, 3)  # [B, H, N, N]
-        scores = scores * self.head_dim**-0.5
-        return scores.float().softmax(dim=-1).to(scores.dtype)
-
 
 class SiglipMLP(nn.Module):
     """Two linear layers with a tanh-approximated GELU between, for each patch alone."""
@@ -84,62 +73,27 @@ class SiglipEncoderLayer(nn.Module):
         return hidden_states + self.mlp(self.layer_norm2(hidden_states))
 
 
-class SiglipEncoder(nn.Module):
-    """The layers, one after another."""
-
-    def __init__(self, config: SiglipVisionConfig):
-        super().__init__()
-        layers = [SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers)]
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, hidden_states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        """The residual stream after the last layer."""
-        return self.layers(hidden_states)
-
-
-class SiglipVisionTransformer(nn.Module):
-    """Patch embeddings, encoder, final norm; no class token and no pooling head."""
-
-    def __init__(self, config: SiglipVisionConfig):
-        super().__init__()
-        self.embeddings = SiglipVisionEmbeddings(config)
-        self.encoder = SiglipEncoder(config)
-        self.post_layernorm = nn.LayerNorm(
-            config.hidden_size, eps=config.layer_norm_eps
-        )
-
-    def forward(self, pixel_values: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
-        """One feature vector a patch."""
-        hidden_states = self.embeddings(pixel_values)  # [B, N, D]
-        return self.post_layernorm(self.encoder(hidden_states))
-
-
 class SiglipVisionModel(nn.Module):
-    """SigLIP's image encoder under the name that the hub's files give it.
+    """Patch embeddings, encoder, final norm; no class token and no pooling head.
 
+    Nested as in the hub's files, where a layer is `vision_model.encoder.layers.0`.
     Source: Zhai et al. 2023; the shapes of So400m are Alabdulmohsin et al. 2023's.
     """
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
         self.config = config
-        self.vision_model = SiglipVisionTransformer(config)
+        self.vision_model = tower = nn.Sequential()  # runs its parts in this order
+        tower.embeddings = SiglipVisionEmbeddings(config)
+        tower.encoder = nn.Sequential()
+        tower.encoder.layers = nn.Sequential(
+            *(SiglipEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        )
+        tower.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def forward(self, pixel_values: Float[Tensor, "B C S S"]) -> Float[Tensor, "B N D"]:
         """Pixels in [-1, 1] → one feature vector a patch.
 
         Raises ValueError where the pictures' shape is not the config's.
         """
-        return self.vision_model(pixel_values)
-
-    @torch.no_grad()
-    def attentions(
-        self, pixel_values: Float[Tensor, "B C S S"]
-    ) -> list[Float[Tensor, "B H N N"]]:
-        """Each layer's attention weights, without gradients."""
-        hidden_states, attentions = self.vision_model.embeddings(pixel_values), []
-        for layer in self.vision_model.encoder.layers:
-            normed = layer.layer_norm1(hidden_states)  # what the layer's attention sees
-            attentions.append(layer.self_attn.attention_weights(normed))
-            hidden_states = layer(hidden_states)
-        return attentions
+        return self.vision_model(pixel_values)  # [B, N, D]

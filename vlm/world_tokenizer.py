@@ -12,7 +12,7 @@ from tokenizers.normalizers import Replace
 from tokenizers.pre_tokenizers import Split
 from tokenizers.trainers import BpeTrainer
 
-from .processing import IMAGE_TOKEN, NUM_LOCS, NUM_SEGS, loc_token, seg_token
+from .processing import EXTRA_TOKENS
 from .questions import EMPTY_CAPTION, caption_question, relation_questions
 from .scenes import TRAINING_SEEDS, all_classes, make_scene
 
@@ -70,8 +70,8 @@ def train_tokenizer(sentences: Iterable[str], num_pieces: int = 1024) -> Tokeniz
         [to_spaces, decoders.ByteFallback(), decoders.Fuse()]
     )
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
-    added = [*map(loc_token, range(NUM_LOCS)), *map(seg_token, range(NUM_SEGS))]
+    *added, image_token = EXTRA_TOKENS
     # Not normalized: found in the raw text, before it is split into words.
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in added])
-    tokenizer.add_special_tokens([IMAGE_TOKEN])
+    tokenizer.add_special_tokens([image_token])
     return tokenizer

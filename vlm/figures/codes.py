@@ -13,7 +13,7 @@ from PIL import Image
 
 from vlm.figures.page import data_uri, style_and_script, unique_id
 from vlm.mask_tokens import CODES_PER_MASK
-from vlm.processing import NUM_SEGS, seg_token
+from vlm.processing import NUM_SEGS
 
 LEVELS = 5  # that a value is rounded to; odd, so that 0 is one of them
 REACH = 0.3  # values beyond ± this are as good as 1 or -1: only the border matters
@@ -43,7 +43,7 @@ def _still(levels: np.ndarray, codes: Sequence[int]) -> str:
     row = np.concatenate([np.pad(tile, 2) for tile in shown], axis=1)
     gray = (row * (255 // (LEVELS - 1))).astype(np.uint8)
     picture = data_uri(Image.fromarray(gray))
-    words = escape(" ".join(map(seg_token, codes)))
+    words = escape(" ".join(f"<seg{code:03d}>" for code in codes))
     return (
         f'<img src="{picture}" width="{row.shape[1] * 3}" alt="Five masks." '
         'style="max-width:100%"><p>On the left the mask of these sixteen tokens, then '
