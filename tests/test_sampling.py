@@ -353,7 +353,7 @@ def test_seeds(model):
 def test_stop_strings_and_functions(model):
     inputs = prompts(model)
     passes = []
-    hook = model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    hook = model.language_model.model.register_forward_hook(lambda *_: passes.append(1))
     free = generate_tokens(model, Letters(), inputs, max_new_tokens=12)
     ending = free[0].text[2:4]  # two tokens
     for stop in (ending, [ending, "never"]):
@@ -373,7 +373,7 @@ def test_stream_is_generate_in_pieces(model):
     assert "".join(pieces) == generate(model, Letters(), inputs, **drawn)[0]
     assert len(pieces) > 5 and all(pieces)
     passes = []
-    hook = model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    hook = model.language_model.model.register_forward_hook(lambda *_: passes.append(1))
     next(stream(model, Letters(), inputs, max_new_tokens=50))
     hook.remove()
     assert len(passes) == 1  # the first piece doesn't wait for the second token

@@ -62,7 +62,7 @@ class Gemma2DecoderLayer(nn.Module):
         hidden_states: Float[Tensor, "B T D"],
         cos: Float[Tensor, "B T Dh"],
         sin: Float[Tensor, "B T Dh"],
-        attention_mask: Bool[Tensor, "B 1 T M"],
+        attention_mask: Bool[Tensor, "B 1 T M"] | None,
         kv_cache: KVCache | StaticKVCache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T M"] | None]:
@@ -83,12 +83,22 @@ class Gemma2Model(GemmaModel):
     layer_class = Gemma2DecoderLayer
 
     def layer_masks(
-        self, attention_mask: Bool[Tensor, "B 1 T M"], past: int
-    ) -> list[Bool[Tensor, "B 1 T M"]]:
+        self,
+        attention_mask: Bool[Tensor, "B 1 T M"] | None,
+        inputs_embeds: Float[Tensor, "B T D"],
+        kv_cache: KVCache | StaticKVCache | None,
+    ) -> list[Bool[Tensor, "B 1 T M"] | None]:
         """Each layer's mask: through the window where the config says so."""
         windowed, window = attention_mask, self.config.sliding_window
         if window is not None:
-            windowed = sliding_window_mask(attention_mask, window, past)
+            batch, num_new = inputs_embeds.shape[:2]
+            past = 0
+            if kv_cache is not None and (windowed is None or num_new > 1):
+                past = kv_cache.num_items()
+            if windowed is None:
+                windowed = inputs_embeds.new_ones(batch, 1, num_new, past + num_new)
+                windowed = windowed.bool()  # all attend to all
+            windowed = sliding_window_mask(windowed, window, past)
         return [
             windowed if kind == "sliding_attention" else attention_mask
             for kind in self.config.layer_types
