@@ -5,7 +5,7 @@ import torch
 
 from vlm.config import GemmaConfig
 from vlm.kv_cache import KVCache, StaticKVCache
-from vlm.masks import make_attn_mask, mask_and_positions, positions_from_mask
+from vlm.masks import make_attn_mask, mask_and_positions
 
 
 def random_rows(padding, rows=5, length=12):
@@ -88,12 +88,16 @@ def test_causal_mask_by_hand():
 
 def test_positions_count_real_tokens():
     table = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 0, 0, 1]])
-    assert positions_from_mask(table, 5).tolist() == [[0, 0, 0, 1, 2], [0, 1, 1, 1, 2]]
-    assert positions_from_mask(table, 1).tolist() == [[2], [2]]
+    _, position_ids = mask_and_positions(torch.zeros(2, 5, 3), None, table)
+    assert position_ids.tolist() == [[0, 0, 0, 1, 2], [0, 1, 1, 1, 2]]
+    kv_cache = KVCache()
+    fill(kv_cache, GemmaConfig(num_hidden_layers=1, head_dim=4), 4, batch=2)
+    _, position_ids = mask_and_positions(torch.zeros(2, 1, 3), kv_cache, table)
+    assert position_ids.tolist() == [[2], [2]]
 
 
-def fill(kv_cache, config, tokens):
-    states = torch.ones(1, config.num_key_value_heads, tokens, config.head_dim)
+def fill(kv_cache, config, tokens, batch=1):
+    states = torch.ones(batch, config.num_key_value_heads, tokens, config.head_dim)
     for layer_idx in range(config.num_hidden_layers):
         kv_cache.update(states, states, layer_idx)
 

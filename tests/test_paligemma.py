@@ -18,7 +18,7 @@ import vlm.merging
 import vlm.paligemma
 from vlm.config import PaliGemmaConfig
 from vlm.kv_cache import KVCache, StaticKVCache
-from vlm.masks import make_attn_mask, positions_from_mask
+from vlm.masks import make_attn_mask
 from vlm.paligemma import PaliGemmaForConditionalGeneration, next_token_loss
 from vlm.processing import PaliGemmaProcessor
 
@@ -294,10 +294,7 @@ def test_several_questions_about_one_picture(model):
 def test_a_mask_of_pairs_is_taken_as_it_is(model):
     inputs = random_inputs(model.config, (5, 1), (2, 3), "right")
     real, types = inputs["attention_mask"], inputs["token_type_ids"]
-    mask, positions = (
-        make_attn_mask(real, types),
-        positions_from_mask(real, len(real[0])),
-    )
+    mask, positions = make_attn_mask(real, types), (real.cumsum(1) - 1).clamp(min=0)
     outright = model(
         inputs["input_ids"],
         inputs["pixel_values"],

@@ -18,7 +18,7 @@ from .detection import ParsedObjects, draw_detections, parse_detections
 from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
-from .sampling import Generation, GenerationConfig, check_inputs, generation_steps
+from .sampling import Generation, GenerationConfig, generation_steps
 from .segmentation import draw_segmentations, parse_segmentations
 
 __all__ = [
@@ -34,13 +34,12 @@ def answer_steps(
     images: Sequence[Image.Image],
     settings: GenerationConfig,
 ) -> Iterator[list[Generation]]:
-    """Yield the answers, one for each image, after every token: they grow.
+    """The answers, one for each image, after every token: they grow.
 
     Raises ValueError, before the first token, where an answer may not fit.
     """
     inputs = processor(text=[prompt] * len(images), images=images)
-    check_inputs(model, inputs, settings)
-    yield from generation_steps(model, processor.tokenizer, inputs, settings)
+    return generation_steps(model, processor.tokenizer, inputs, settings)
 
 
 def parse_answer(

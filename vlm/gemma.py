@@ -24,10 +24,7 @@ __all__ = [
 
 
 class GemmaMLP(nn.Module):
-    """GeGLU: one linear map, through a tanh-GELU, gates another, for each token alone.
-
-    Source: Shazeer 2020.
-    """
+    """GeGLU (Shazeer 2020): one linear map, through a tanh-GELU, gates another."""
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
@@ -85,15 +82,12 @@ class GemmaModel(nn.Module):
 
     def __init__(self, config: GemmaConfig):
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size, config.hidden_size, config.pad_token_id
-        )
+        self.config, width = config, config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width, config.pad_token_id)
         self.layers = nn.ModuleList(
-            self.layer_class(config, layer_idx)
-            for layer_idx in range(config.num_hidden_layers)
+            self.layer_class(config, i) for i in range(config.num_hidden_layers)
         )
-        self.norm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = GemmaRMSNorm(width, config.rms_norm_eps)
         self.rotary_emb = GemmaRotaryEmbedding(config.head_dim, config.rope_theta)
 
     def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
@@ -117,18 +111,16 @@ class GemmaModel(nn.Module):
         position_ids: Int[Tensor, "B T"],
         kv_cache: KVCache | StaticKVCache | None = None,
         output_attentions: bool = False,
-    ) -> tuple[Float[Tensor, "B T D"], list[Float[Tensor, "B H T M"]]]:
-        """Scaled embeddings → final states, and each layer's weights when asked."""
+    ) -> tuple[Float[Tensor, "B T D"], list[Float[Tensor, "B H T M"] | None]]:
+        """Scaled embeddings → final states; each layer's weights, None unless asked."""
         cos, sin = self.rotary_emb(inputs_embeds, position_ids)  # [B, T, Dh] each
         masks = self.layer_masks(attention_mask, inputs_embeds, kv_cache)
-        hidden_states = inputs_embeds
-        attentions = []
+        hidden_states, attentions = inputs_embeds, []
         for layer, mask in zip(self.layers, masks):
             hidden_states, weights = layer(
                 hidden_states, cos, sin, mask, kv_cache, output_attentions
             )
-            if output_attentions:
-                attentions.append(weights)
+            attentions.append(weights)
         return self.norm(hidden_states), attentions
 
 
@@ -143,10 +135,7 @@ def check_ids(name: str, ids: Any, shape: Sequence[int] | None = None) -> None:
 
 
 class GemmaForCausalLM(nn.Module):
-    """The decoder and its output head, which is the embedding table again.
-
-    Source: Gemma Team 2024; tied weights, Press & Wolf 2017.
-    """
+    """Gemma (Gemma Team 2024), its head tied to its embedding (Press & Wolf 2017)."""
 
     model_class: type[GemmaModel] = GemmaModel
 
@@ -164,11 +153,9 @@ class GemmaForCausalLM(nn.Module):
         """Make the output head and the embedding one matrix."""
         self.lm_head.weight = self.model.embed_tokens.weight
 
-    def compute_logits(
-        self, hidden_states: Float[Tensor, "B T D"]
-    ) -> Float[Tensor, "B T V"]:
+    def compute_logits(self, states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Final states → logits."""
-        return self.lm_head(hidden_states)  # [B, T, V]
+        return self.lm_head(states)  # [B, T, V]
 
     def forward(
         self,
@@ -184,11 +171,9 @@ class GemmaForCausalLM(nn.Module):
     ) -> dict[str, Any]:
         """Token ids or scaled embeddings → `logits` [B, T, V] and the `kv_cache`.
 
-        - `attention_mask`: [B, M] of 1 and 0, the cached tokens included; or bool
-          [B, 1, T, M], True where a token attends.
-        - `token_type_ids` [B, M]: see `make_attn_mask`. Without them, it is causal, or
-          with `is_prefix` bidirectional.
-        - `position_ids` [B, T]: counted from the mask when absent, if that is [B, M].
+        - `attention_mask`, `token_type_ids`, `is_prefix`: see `mask_and_positions`.
+          Without them, it is causal.
+        - `position_ids` [B, T]: counted from `attention_mask` when absent.
         - `logits_to_keep`: 0 for logits at every position, n for the last n.
         - `output_attentions` adds `attentions`, one [B, H, T, M] a layer.
 
@@ -204,12 +189,11 @@ class GemmaForCausalLM(nn.Module):
             check_ids("input_ids", input_ids)
             inputs_embeds = self.model.embed(input_ids)  # [B, T, D]
         past = kv_cache.num_items() if kv_cache is not None else 0
-        length = past + inputs_embeds.shape[1]
-        if length > self.config.max_position_embeddings:
+        limit = self.config.max_position_embeddings
+        if (length := past + inputs_embeds.shape[1]) > limit:
             raise ValueError(
-                f"{length} tokens, but the model has "
-                f"{self.config.max_position_embeddings} positions: shorten the prompt "
-                "or generate fewer tokens"
+                f"{length} tokens, but the model has {limit} positions: shorten the "
+                "prompt or generate fewer tokens"
             )
         mask, counted = mask_and_positions(
             inputs_embeds, kv_cache, attention_mask, token_type_ids, is_prefix

@@ -22,10 +22,7 @@ __all__ = ["Gemma2ForCausalLM"]
 def soft_cap(
     values: Float[Tensor, "*axes"], cap: float | None
 ) -> Float[Tensor, "*axes"]:
-    """Squash values smoothly into -cap … cap; None leaves them as they are.
-
-    Source: Gemma Team 2024 (Gemma 2), after Bello et al. 2016.
-    """
+    """Squash values smoothly into -cap … cap (Bello et al. 2016); None: no cap."""
     return values if cap is None else cap * torch.tanh(values / cap)
 
 
@@ -89,33 +86,25 @@ class Gemma2Model(GemmaModel):
         kv_cache: KVCache | StaticKVCache | None,
     ) -> list[Bool[Tensor, "B 1 T M"] | None]:
         """Each layer's mask: through the window where the config says so."""
-        windowed, window = attention_mask, self.config.sliding_window
-        if window is not None:
-            batch, num_new = inputs_embeds.shape[:2]
-            past = 0
-            if kv_cache is not None and (windowed is None or num_new > 1):
-                past = kv_cache.num_items()
-            if windowed is None:
-                windowed = inputs_embeds.new_ones(batch, 1, num_new, past + num_new)
-                windowed = windowed.bool()  # all attend to all
-            windowed = sliding_window_mask(windowed, window, past)
-        return [
-            windowed if kind == "sliding_attention" else attention_mask
-            for kind in self.config.layer_types
-        ]
+        batch, num_new = inputs_embeds.shape[:2]
+        past = 0  # counts where several new tokens attend to each other
+        if kv_cache is not None and (attention_mask is None or num_new > 1):
+            past = kv_cache.num_items()
+        mask = attention_mask
+        if mask is None:  # all attend to all
+            mask = inputs_embeds.new_ones(batch, 1, num_new, past + num_new).bool()
+        window = self.config.sliding_window or mask.shape[-1]  # None: all
+        windowed = sliding_window_mask(mask, window, past)
+        masks = {"sliding_attention": windowed, "full_attention": attention_mask}
+        return [masks[kind] for kind in self.config.layer_types]
 
 
 class Gemma2ForCausalLM(GemmaForCausalLM):
-    """Gemma 2 and its output head: Gemma's interface, soft-capped logits.
-
-    Source: Gemma Team 2024 (Gemma 2).
-    """
+    """Gemma 2 and its output head: Gemma's interface, soft-capped logits."""
 
     model_class = Gemma2Model
 
-    def compute_logits(
-        self, hidden_states: Float[Tensor, "B T D"]
-    ) -> Float[Tensor, "B T V"]:
+    def compute_logits(self, states: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
         """Final states → logits between -cap and cap."""
-        logits = super().compute_logits(hidden_states)  # [B, T, V]
+        logits = super().compute_logits(states)  # [B, T, V]
         return soft_cap(logits, self.config.final_logit_softcapping)

@@ -21,7 +21,7 @@ ImageLike = Image.Image | str | os.PathLike | np.ndarray | Tensor
 
 def _to_bytes(values: np.ndarray, largest: int) -> np.ndarray:
     "Values in 0…largest → uint8; a ValueError for others, NaN among them."
-    if not (values.min() >= 0 and values.max() <= largest):
+    if not ((values >= 0) & (values <= largest)).all():
         raise ValueError(f"an image of {values.dtype} must lie in 0…{largest}")
     return (values / largest * 255).round().astype(np.uint8)
 
@@ -38,11 +38,9 @@ def array_to_image(array: np.ndarray) -> Image.Image:
             "an image array must be [H, W], [H, W, 3] or [H, W, 4], channels last, "
             f"not {list(array.shape)}"
         )
-    if array.size == 0:
-        raise ValueError(f"the image array {list(array.shape)} has no pixels")
     if array.dtype == np.uint16:
         array = _to_bytes(array, 65535)
-    elif array.dtype == bool or np.issubdtype(array.dtype, np.floating):
+    elif array.dtype.kind in "bf":  # bool or float
         array = _to_bytes(array, 1)
     elif array.dtype != np.uint8:
         raise ValueError(

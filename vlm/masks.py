@@ -23,12 +23,10 @@ def make_attn_mask(
 
     - `attention_mask`: 1 real, 0 padding, which no token attends to. Padding attends to
       all, so that its softmax is defined; its output is never used.
-    - `token_type_ids`: query i attends to key j where cumsum(types)[j] <= its own. All
-      ones: causal; all zeros: bidirectional; zeros, then ones: prefix-LM.
+    - `token_type_ids`: query i attends to key j where cumsum(types)[j] <= its own, as
+      in big_vision. Ones: causal; zeros: bidirectional; zeros, then ones: prefix-LM.
     - `segment_ids` of packed rows: 0 image, 1, 2, … questions. A question attends to
       the image and itself, the image to itself and the first question's prompt.
-
-    Source: big_vision's `make_attn_mask`.
     """
     num_new = attention_mask.shape[1] if num_new is None else num_new
     real = attention_mask.bool()  # [B, M]
@@ -41,14 +39,6 @@ def make_attn_mask(
     mask = mask & real[:, None, :]  # no token attends to padding,
     mask = mask | ~real[:, -num_new:, None]  # and padding attends to all
     return mask[:, None]  # [B, 1, T, M]: the same for every head
-
-
-def positions_from_mask(
-    attention_mask: Shaped[Tensor, "B M"], num_new: int
-) -> Int[Tensor, "B T"]:
-    """Position ids of the last `num_new` tokens: real tokens count from 0."""
-    position_ids = attention_mask.long().cumsum(dim=-1) - 1  # [B, M]
-    return position_ids.clamp(min=0)[:, -num_new:]  # [B, T]
 
 
 def sliding_window_mask(
@@ -104,10 +94,9 @@ def mask_and_positions(
     mask = ones if attention_mask is None else attention_mask
     absent = torch.zeros_like(ones) if is_prefix else ones
     types = absent if token_type_ids is None else token_type_ids
-    is_padding_mask = mask.ndim == 2  # [B, M]; else it has an entry for each pair
-    expected = ones.shape if is_padding_mask else (batch, 1, num_new, length)
+    pairs = batch, 1, num_new, length
     for name, given, shape in (
-        ("attention_mask", mask, expected),
+        ("attention_mask", mask, ones.shape if mask.ndim == 2 else pairs),
         ("token_type_ids", types, ones.shape),
     ):
         if given.shape != shape:
@@ -116,8 +105,9 @@ def mask_and_positions(
                 f"in the cache and {num_new} new ones"
             )
     position_ids = None
-    if is_padding_mask:
-        position_ids = positions_from_mask(mask, num_new)  # [B, T]
+    if mask.ndim == 2:
+        position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, M]
+        position_ids = position_ids[:, -num_new:]  # [B, T]: real tokens count from 0
         mask = make_attn_mask(mask, types, num_new)  # [B, 1, T, M]
     if kv_cache is not None:
         mask = F.pad(mask, (0, kv_cache.key_length(num_new) - length))

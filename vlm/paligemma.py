@@ -29,9 +29,7 @@ def next_token_loss(
     counts. Raises ValueError for a single position: it has no next token.
     """
     if logits.shape[1] < 2:
-        raise ValueError(
-            "one position has no next token to learn: keep at least 2 logits, or all"
-        )
+        raise ValueError("one position has no next token to learn: keep 2 or all")
     labels = labels[:, -logits.shape[1] :]  # [B, n]
     logits = logits[:, :-1].flatten(0, 1).float()  # [B * (n-1), V]
     targets = labels[:, 1:].flatten()  # position t predicts the token at t + 1

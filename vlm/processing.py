@@ -74,9 +74,8 @@ def locs_to_box(text: str, width: float, height: float) -> Box | None:
     if len(bins) != 4 or max(bins) >= NUM_LOCS:
         return None
     y0, x0, y1, x1 = (u / (NUM_LOCS - 1) for u in bins)
-    if y1 <= y0 or x1 <= x0:
-        return None
-    return (x0 * width, y0 * height, x1 * width, y1 * height)
+    box = (x0 * width, y0 * height, x1 * width, y1 * height)
+    return box if y0 < y1 and x0 < x1 else None
 
 
 def codes_to_segs(codes: Sequence[int]) -> str:
@@ -103,7 +102,6 @@ def pack_rows(
     on the right; then also `token_type_ids`, 1 for suffix tokens, and `labels`, the
     suffix's ids and -100 elsewhere.
     """
-
     side = "left" if suffixes is None else "right"
 
     def pad(rows: list[list[int]], value: int = 0) -> Tensor:
@@ -135,9 +133,7 @@ def normalize_prompt(prompt: str) -> str:
 
 
 def check_tokens(text: str) -> None:
-    """Raise a ValueError for special tokens, which the processor adds, and for loc and
-    seg tokens that don't exist, such as `<loc7>`.
-    """
+    """ValueError for special tokens, and for loc and seg tokens that don't exist."""
     for token in (IMAGE_TOKEN, "<bos>", "<eos>", "<pad>", "<unk>"):
         if token in text:
             raise ValueError(f"{text!r:.80} contains {token}: the processor adds it")
@@ -163,9 +159,7 @@ def _first_wrong_token(tokenizer: Any) -> str | None:
 def _as_strings(values: Any, name: str) -> list[str]:
     values = [values] if isinstance(values, str) else values
     if not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
-        raise TypeError(
-            f"{name} must be a string or a list of strings, not {values!r:.80}"
-        )
+        raise TypeError(f"{name} must be a string or several, not {values!r:.80}")
     return list(values)
 
 
@@ -183,10 +177,9 @@ class PaliGemmaProcessor:
     """
 
     def __init__(self, tokenizer: Any, num_image_tokens: int, image_size: int):
-        if _first_wrong_token(tokenizer) and {*EXTRA_TOKENS} <= {
-            *tokenizer.get_vocab()
-        }:
-            add_paligemma_tokens(tokenizer)
+        if _first_wrong_token(tokenizer):
+            if {*EXTRA_TOKENS} <= {*tokenizer.get_vocab()}:  # it knows all of them
+                add_paligemma_tokens(tokenizer)
         if token := _first_wrong_token(tokenizer):
             raise ValueError(
                 f"{token} isn't one token of this tokenizer, in PaliGemma's order: "

@@ -22,8 +22,8 @@ from .paligemma import PaliGemmaForConditionalGeneration as PaliGemma
 from .processing import IMAGE_TOKEN
 
 __all__ = [
-    "GenerationConfig", "IncrementalDetokenizer", "Generation", "check_inputs",
-    "generation_steps", "generate_tokens", "generate", "stream",
+    "GenerationConfig", "IncrementalDetokenizer", "Generation", "generation_steps",
+    "generate_tokens", "generate", "stream",
 ]  # fmt: skip
 
 
@@ -48,9 +48,8 @@ def top_p_filter(
 ) -> Float[Tensor, "B V"]:
     """Mask out (-inf) all but the smallest set of tokens whose probabilities reach p.
 
-    The token that crosses p is in the set, so there is always one. `most`: how many
-    top-k has left; then only these are sorted, not the whole vocabulary.
-    Source: Holtzman et al. 2020 (nucleus sampling).
+    The token that crosses p is in it: it is never empty. `most`: how many top-k has
+    left; then only these are sorted. Source: Holtzman et al. 2020.
     """
     if top_p >= 1:  # everything stays; rounding must not drop the tail
         return logits
@@ -330,7 +329,8 @@ def check_inputs(model: PaliGemma, inputs: Inputs, settings: GenerationConfig) -
         raise ValueError(f"inputs must be {wanted}, not {', '.join(inputs)}")
     input_ids, mask = inputs["input_ids"], inputs["attention_mask"]
     check_ids("input_ids", input_ids)
-    vocab_size = model.config.text_config.vocab_size
+    config = model.config.text_config
+    vocab_size, limit = config.vocab_size, config.max_position_embeddings
     is_image = input_ids == model.config.image_token_index
     unknown = input_ids[~is_image & ((input_ids < 0) | (input_ids >= vocab_size))]
     if len(unknown):
@@ -352,50 +352,53 @@ def check_inputs(model: PaliGemma, inputs: Inputs, settings: GenerationConfig) -
             f"{counts} image tokens, but the model takes {wanted} a row for these "
             "pixel_values: use make_processor(model, tokenizer)"
         )
-    length, limit = input_ids.shape[1], model.config.text_config.max_position_embeddings
-    needed = length + settings.max_new_tokens - 1  # the last one isn't fed back
-    if needed > limit:
+    length, new = input_ids.shape[1], settings.max_new_tokens
+    if (needed := length + new - 1) > limit:  # the last token isn't fed back
         raise ValueError(
-            f"a prompt of {length} tokens (the picture's among them) and "
-            f"{settings.max_new_tokens} new ones need {needed} positions, but the "
-            f"model has {limit}: shorten the prompt or generate fewer tokens"
+            f"{length} tokens of picture and prompt and {new} new ones need {needed} "
+            f"positions, but the model has {limit}: shorten the prompt or generate "
+            "fewer tokens"
         )
 
 
 def generation_steps(
     model: PaliGemma, tokenizer: Any, inputs: Inputs, settings: GenerationConfig
 ) -> Iterator[list[Generation]]:
-    """Yield all rows' Generations, grown by a token each time, until every row ended.
+    """All rows' Generations, grown by a token at each step, until every row ended.
 
-    It is the same list every time. The inputs must have passed `check_inputs`.
+    It is the same list at each step. Raises ValueError, at the call, for inputs that
+    can't be continued.
     """
+    check_inputs(model, inputs, settings)
     rows = [Generation() for _ in inputs["input_ids"]]
     decoders = [IncrementalDetokenizer(tokenizer) for _ in rows]
-    running = set(range(len(rows)))
-    steps = token_steps(model, inputs, settings)
-    for step, (token_ids, probabilities) in enumerate(steps, start=1):
-        for i in sorted(running):
-            row = rows[i]
-            row.token_ids.append(token_ids[i])
-            row.probabilities.append(probabilities[i])
-            row.pieces.append(decoders[i].add(token_ids[i]))
-            ended = token_ids[i] == tokenizer.eos_token_id
-            ended = ended or step == settings.max_new_tokens
-            if ended or settings.should_stop(row.token_ids, row.text):
-                row.pieces[-1] += decoders[i].finish()
-                running.discard(i)
-        yield rows
-        if not running:
-            return
+
+    def grow() -> Iterator[list[Generation]]:
+        running = set(range(len(rows)))
+        steps = token_steps(model, inputs, settings)
+        for step, (token_ids, probabilities) in enumerate(steps, start=1):
+            for i in sorted(running):
+                row, token_id = rows[i], token_ids[i]
+                row.token_ids.append(token_id)
+                row.probabilities.append(probabilities[i])
+                row.pieces.append(decoders[i].add(token_id))
+                ended = step == settings.max_new_tokens
+                ended = ended or token_id == tokenizer.eos_token_id
+                if ended or settings.should_stop(row.token_ids, row.text):
+                    row.pieces[-1] += decoders[i].finish()
+                    running.discard(i)
+            yield rows
+            if not running:
+                return
+
+    return grow()
 
 
 def generate_tokens(
     model: PaliGemma, tokenizer: Any, inputs: Inputs, **settings: Any
 ) -> list[Generation]:
     """As `generate`, with each token's id, probability and piece of text."""
-    chosen = GenerationConfig(**settings)
-    check_inputs(model, inputs, chosen)
-    *_, rows = generation_steps(model, tokenizer, inputs, chosen)  # the last state
+    *_, rows = generation_steps(model, tokenizer, inputs, GenerationConfig(**settings))
     return rows
 
 
@@ -415,9 +418,7 @@ def stream(
     model: PaliGemma, tokenizer: Any, inputs: Inputs, **settings: Any
 ) -> Iterator[str]:
     """As `generate` for one row, yielding text as it is made; ValueError for more."""
-    chosen = GenerationConfig(**settings)
-    check_inputs(model, inputs, chosen)
+    steps = generation_steps(model, tokenizer, inputs, GenerationConfig(**settings))
     if (num_rows := len(inputs["input_ids"])) != 1:
         raise ValueError(f"stream takes one row, not {num_rows}: use generate")
-    steps = generation_steps(model, tokenizer, inputs, chosen)
     return (rows[0].pieces[-1] for rows in steps if rows[0].pieces[-1])

@@ -14,14 +14,10 @@ __all__ = ["SiglipVisionModel"]
 
 
 class SiglipAttention(nn.Module):
-    """Multi-head self-attention without a mask: every patch attends to every patch.
-
-    Follows Vaswani et al. 2017; every projection has a bias.
-    """
+    """Multi-head self-attention (Vaswani et al. 2017) without a mask, with biases."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
-        self.num_heads = config.num_attention_heads
         self.head_dim = config.head_dim
         width = config.hidden_size
         self.q_proj = nn.Linear(width, width)
@@ -30,7 +26,7 @@ class SiglipAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def _split_heads(self, states: Float[Tensor, "B N D"]) -> Float[Tensor, "B H N Dh"]:
-        states = states.unflatten(-1, (self.num_heads, self.head_dim))  # [B, N, H, Dh]
+        states = states.unflatten(-1, (-1, self.head_dim))  # [B, N, H, Dh]
         return states.transpose(1, 2)  # [B, H, N, Dh]
 
     def forward(self, hidden_states: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
