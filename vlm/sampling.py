@@ -6,6 +6,7 @@ Built in notebooks/15_sampling.ipynb: edit it there, then run `make export`.
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from math import inf, isnan
 from numbers import Integral, Real
 from typing import Any
@@ -144,6 +145,7 @@ class GenerationConfig:
     stop: str | Sequence[str] | Callable[[list[int]], bool] | None = None
     seed: int | None = None  # the same draws every time
     cache: str = "dynamic"  # grows; "static" is allocated once
+    compile: bool = False  # decode steps, with a static cache: chapter 23
 
     def __post_init__(self) -> None:
         for name, (kind, low, high, words) in RANGES.items():
@@ -153,6 +155,8 @@ class GenerationConfig:
                 raise ValueError(f"{name}={value!r} must be {words}")
         if self.cache not in ("dynamic", "static"):
             raise ValueError(f"cache={self.cache!r} must be 'dynamic' or 'static'")
+        if self.compile:
+            self.cache = "static"
         if callable(self.stop):
             return
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -211,6 +215,13 @@ def decode_one_token(
     return decoder.compute_logits(states)[:, -1]  # [B, 1, V] → [B, V]
 
 
+@cache
+def compiled_decode_step() -> Callable:
+    """`decode_one_token` compiled, once for all: on a GPU into a CUDA graph."""
+    mode = "reduce-overhead" if torch.cuda.is_available() else None
+    return torch.compile(decode_one_token, fullgraph=True, dynamic=False, mode=mode)
+
+
 @torch.no_grad()
 def token_steps(
     model: PaliGemma, inputs: Inputs, settings: GenerationConfig
@@ -224,11 +235,16 @@ def token_steps(
     inputs = {n: t.to(device) for n, t in inputs.items() if t is not None}
     given = inputs["attention_mask"].bool()  # [B, T]
     is_padded, (batch, length) = not given.all(), given.shape
-    real = F.pad(given, (0, limit), value=True)[:, None, None]  # [B, 1, 1, T + limit]
+    capacity, decode = length + limit, decode_one_token
+    if settings.compile:
+        capacity = -(-capacity // 256) * 256  # few sizes, few compilations
+        decode = compiled_decode_step()
+    real = F.pad(given, (0, capacity - length), value=True)  # [B, capacity]
+    real = real[:, None, None]  # [B, 1, 1, capacity]
     position_ids = given.sum(dim=1, keepdim=True)  # [B, 1]: the next token's
     kv_cache = KVCache()
     if is_static := settings.cache == "static":
-        sizes = batch, length + limit, device, model.dtype
+        sizes = batch, capacity, device, model.dtype
         kv_cache = StaticKVCache(model.config.text_config, *sizes)
     how = settings.do_sample, settings.temperature, settings.top_k, settings.top_p
     uniform = uniform_numbers(settings.seed, limit, batch).to(device)  # [limit, B]
@@ -252,7 +268,7 @@ def token_steps(
             mask = None
             if is_static or is_padded:
                 mask = real if is_static else real[..., : length + step + 1]
-            logits = decode_one_token(model, token_ids, position_ids, mask, kv_cache)
+            logits = decode(model, token_ids, position_ids, mask, kv_cache)
             position_ids += 1
 
 
