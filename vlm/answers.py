@@ -34,12 +34,12 @@ def answer_steps(
     images: Sequence[Image.Image],
     settings: GenerationConfig,
 ) -> Iterator[list[Generation]]:
-    """The answers, one for each image, after every token: they grow.
+    """Yield the answers, one for each image, after every token: they grow.
 
     Raises ValueError, before the first token, where an answer may not fit.
     """
     inputs = processor(text=[prompt] * len(images), images=images)
-    return generation_steps(model, processor.tokenizer, inputs, settings)
+    yield from generation_steps(model, processor.tokenizer, inputs, settings)
 
 
 def parse_answer(

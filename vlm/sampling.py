@@ -336,10 +336,7 @@ class Generation:
 
 
 def check_inputs(model: PaliGemma, inputs: Inputs, settings: GenerationConfig) -> None:
-    """Raise ValueError for inputs that can't be continued, before any work.
-
-    Values are read here, once, so that no pass of the model has to.
-    """
+    """ValueError for inputs that can't be continued: values are read here, once."""
     if {*inputs} - {"pixel_values"} != {"input_ids", "attention_mask"}:
         wanted = "input_ids, attention_mask and pixel_values, made without a suffix"
         raise ValueError(f"inputs must be {wanted}, not {', '.join(inputs)}")
@@ -380,34 +377,30 @@ def check_inputs(model: PaliGemma, inputs: Inputs, settings: GenerationConfig) -
 def generation_steps(
     model: PaliGemma, tokenizer: Any, inputs: Inputs, settings: GenerationConfig
 ) -> Iterator[list[Generation]]:
-    """All rows' Generations, grown by a token at each step, until every row ended.
+    """Yield all rows' Generations, grown by a token each time, until every row ended.
 
-    It is the same list at each step. Raises ValueError, at the call, for inputs that
+    It is the same list every time. Raises ValueError, before any work, for inputs that
     can't be continued.
     """
     check_inputs(model, inputs, settings)
     rows = [Generation() for _ in inputs["input_ids"]]
     decoders = [IncrementalDetokenizer(tokenizer) for _ in rows]
-
-    def grow() -> Iterator[list[Generation]]:
-        running = set(range(len(rows)))
-        steps = token_steps(model, inputs, settings)
-        for step, (token_ids, probabilities) in enumerate(steps, start=1):
-            for i in sorted(running):
-                row, token_id = rows[i], token_ids[i]
-                row.token_ids.append(token_id)
-                row.probabilities.append(probabilities[i])
-                row.pieces.append(decoders[i].add(token_id))
-                ended = step == settings.max_new_tokens
-                ended = ended or token_id == tokenizer.eos_token_id
-                if ended or settings.should_stop(row.token_ids, row.text):
-                    row.pieces[-1] += decoders[i].finish()
-                    running.discard(i)
-            yield rows
-            if not running:
-                return
-
-    return grow()
+    running = set(range(len(rows)))
+    steps = token_steps(model, inputs, settings)
+    for step, (token_ids, probabilities) in enumerate(steps, start=1):
+        for i in sorted(running):
+            row, token_id = rows[i], token_ids[i]
+            row.token_ids.append(token_id)
+            row.probabilities.append(probabilities[i])
+            row.pieces.append(decoders[i].add(token_id))
+            ended = step == settings.max_new_tokens
+            ended = ended or token_id == tokenizer.eos_token_id
+            if ended or settings.should_stop(row.token_ids, row.text):
+                row.pieces[-1] += decoders[i].finish()
+                running.discard(i)
+        yield rows
+        if not running:
+            return
 
 
 def generate_tokens(
@@ -434,7 +427,9 @@ def stream(
     model: PaliGemma, tokenizer: Any, inputs: Inputs, **settings: Any
 ) -> Iterator[str]:
     """As `generate` for one row, yielding text as it is made; ValueError for more."""
-    steps = generation_steps(model, tokenizer, inputs, GenerationConfig(**settings))
+    chosen = GenerationConfig(**settings)
+    check_inputs(model, inputs, chosen)  # at the call, not at the first piece
     if (num_rows := len(inputs["input_ids"])) != 1:
         raise ValueError(f"stream takes one row, not {num_rows}: use generate")
+    steps = generation_steps(model, tokenizer, inputs, chosen)
     return (rows[0].pieces[-1] for rows in steps if rows[0].pieces[-1])
