@@ -413,8 +413,8 @@ def test_a_compiled_step_serves_all(model, padding, monkeypatch, no_type_checks)
         decode_one_token, backend=counter, fullgraph=True, dynamic=False
     )
     monkeypatch.setattr("vlm.sampling.compiled_decode_step", lambda: compiled)
-    lengths = (5, 1, 3) if padding == "left" else (4, 4, 4)
-    for lengths, limit in ((lengths, 9), ([n + 1 for n in lengths], 12)):
+    first = (5, 1, 3) if padding == "left" else (4, 4, 4)
+    for lengths, limit in ((first, 9), ([n + 1 for n in first], 12)):
         inputs, long = prompts(model, lengths), dict(max_new_tokens=limit)
         expected = generate_tokens(model, Letters(), inputs, **long)
         rows = generate_tokens(model, Letters(), inputs, compile=True, **long)
