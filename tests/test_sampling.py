@@ -8,6 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import pair, random_inputs, tiny_config, trained_tokenizer
 from tokenizers import Tokenizer
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm.detection import parse_detections
 from vlm.kv_cache import KVCache
@@ -17,6 +19,7 @@ from vlm.sampling import (
     GenerationConfig,
     IncrementalDetokenizer,
     apply_temperature,
+    decode_one_token,
     generate,
     generate_tokens,
     prefill,
@@ -25,6 +28,7 @@ from vlm.sampling import (
     token_steps,
     top_k_filter,
     top_p_filter,
+    uniform_numbers,
 )
 
 CONFIGS = {
@@ -202,7 +206,7 @@ def test_settings_at_the_edge_of_their_range():
     GenerationConfig(1, True, 0, 1, 1.0, [], 0, "static")
     assert {f.name for f in fields(GenerationConfig)} == {
         *("max_new_tokens", "do_sample", "temperature", "top_k", "top_p"),
-        *("stop", "seed", "cache"),
+        *("stop", "seed", "cache", "compile"),
     }
 
 
@@ -350,10 +354,78 @@ def test_seeds(model):
     assert unseeded[0] != unseeded[1]
 
 
+def test_a_row_draws_alike_in_every_batch_and_length(model):
+    """The same seed, wherever row 0 stands and however much may follow."""
+    inputs = prompts(model)
+    drawn = dict(do_sample=True, temperature=2.0, top_k=40, top_p=0.9, seed=5)
+    rows = generate_tokens(model, Letters(), inputs, max_new_tokens=9, **drawn)
+    alone = one_row(inputs, 0)
+    short = generate_tokens(model, Letters(), alone, max_new_tokens=5, **drawn)
+    assert short[0].token_ids == rows[0].token_ids[:5]
+    assert len({tuple(row.token_ids) for row in rows}) == 3
+    same = {name: tensor[[0, 0]] for name, tensor in inputs.items()}
+    first, second = generate(model, Letters(), same, max_new_tokens=9, **drawn)
+    assert first == rows[0].text != second  # but two rows draw differently
+
+
+@pytest.mark.parametrize("seed", [None, 0])
+def test_uniform_numbers_are_in_range_and_even(seed):
+    numbers = uniform_numbers(seed, 2000, 5)
+    assert numbers.min() >= 0 and numbers.max() < 1
+    counts = torch.histc(numbers, 10, 0, 1)
+    assert (counts - 1000).abs().max() < 150  # five standard deviations
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("do_sample", [False, True])
+@torch.no_grad()
+def test_a_step_makes_one_transfer(model, cache, do_sample, monkeypatch):
+    """On a GPU each would wait for all that it was asked to do."""
+    transfers, tolist = [], torch.Tensor.tolist
+
+    class CountsItems(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            if op is torch.ops.aten._local_scalar_dense.default:
+                transfers.append("item")
+            return op(*args, **(kwargs or {}))
+
+    def counted(tensor):
+        transfers.append("tolist")
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", counted)
+    drawn = dict(do_sample=do_sample, top_k=40, top_p=0.9, seed=0, cache=cache)
+    steps = token_steps(model, prompts(model), GenerationConfig(9, **drawn))
+    next(steps)  # prefill reads the mask
+    transfers.clear()
+    with CountsItems():
+        for _ in steps:
+            pass
+    assert transfers == ["tolist"] * 8
+
+
+@pytest.mark.parametrize("padding", ["left", "none"])
+@torch.no_grad()  # type checks hide from the decorator that token_steps is a generator
+def test_a_compiled_step_serves_all(model, padding, monkeypatch, no_type_checks):
+    """The same text, and one compilation for other prompts and lengths."""
+    counter = CompileCounter()
+    compiled = torch.compile(
+        decode_one_token, backend=counter, fullgraph=True, dynamic=False
+    )
+    monkeypatch.setattr("vlm.sampling.compiled_decode_step", lambda: compiled)
+    first = (5, 1, 3) if padding == "left" else (4, 4, 4)
+    for lengths, limit in ((first, 9), ([n + 1 for n in first], 12)):
+        inputs, long = prompts(model, lengths), dict(max_new_tokens=limit)
+        expected = generate_tokens(model, Letters(), inputs, **long)
+        rows = generate_tokens(model, Letters(), inputs, compile=True, **long)
+        assert ids_of(rows) == ids_of(expected)
+    assert counter.frame_count == 1
+
+
 def test_stop_strings_and_functions(model):
     inputs = prompts(model)
     passes = []
-    hook = model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    hook = model.language_model.model.register_forward_hook(lambda *_: passes.append(1))
     free = generate_tokens(model, Letters(), inputs, max_new_tokens=12)
     ending = free[0].text[2:4]  # two tokens
     for stop in (ending, [ending, "never"]):
@@ -373,7 +445,7 @@ def test_stream_is_generate_in_pieces(model):
     assert "".join(pieces) == generate(model, Letters(), inputs, **drawn)[0]
     assert len(pieces) > 5 and all(pieces)
     passes = []
-    hook = model.language_model.register_forward_hook(lambda *_: passes.append(1))
+    hook = model.language_model.model.register_forward_hook(lambda *_: passes.append(1))
     next(stream(model, Letters(), inputs, max_new_tokens=50))
     hook.remove()
     assert len(passes) == 1  # the first piece doesn't wait for the second token
@@ -537,6 +609,23 @@ def test_a_character_comes_with_its_last_byte(tokenizer):
     assert "".join(pieces) == "owls 🦉é"
     assert not any("\ufffd" in piece for piece in pieces)
     assert pieces[-7:] == ["", "", "", "🦉", "", "é", ""]
+
+
+def test_a_token_costs_the_same_however_long_the_text(tokenizer):
+    """Only the last pieces are decoded, not the whole text."""
+    lengths = []
+
+    class Counting:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def decode(self, ids, **kwargs):
+            lengths.append(len(ids))
+            return tokenizer.decode(ids, **kwargs)
+
+    ids = tokenizer.encode("an owl and a pizza, " * 20, add_special_tokens=False)
+    assert "".join(decode_in_pieces(Counting(), ids)) == tokenizer.decode(ids)
+    assert len(ids) > 100 and max(lengths) <= 4
 
 
 def test_an_unfinished_character_comes_at_the_end(tokenizer):

@@ -96,23 +96,25 @@ class GemmaModel(nn.Module):
         return embeds * torch.tensor(self.config.hidden_size**0.5, dtype=embeds.dtype)
 
     def layer_masks(
-        self, attention_mask: Bool[Tensor, "B 1 T M"], past: int
-    ) -> list[Bool[Tensor, "B 1 T M"]]:
-        """Each layer's mask for the tokens after `past` cached ones: all the same."""
+        self,
+        attention_mask: Bool[Tensor, "B 1 T M"] | None,
+        inputs_embeds: Float[Tensor, "B T D"],
+        kv_cache: KVCache | StaticKVCache | None,
+    ) -> list[Bool[Tensor, "B 1 T M"] | None]:
+        """Each layer's mask: all the same."""
         return [attention_mask] * len(self.layers)
 
     def forward(
         self,
         inputs_embeds: Float[Tensor, "B T D"],
-        attention_mask: Bool[Tensor, "B 1 T M"],
+        attention_mask: Bool[Tensor, "B 1 T M"] | None,
         position_ids: Int[Tensor, "B T"],
         kv_cache: KVCache | StaticKVCache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], list[Float[Tensor, "B H T M"] | None]]:
         """Scaled embeddings → final states; each layer's weights, None unless asked."""
         cos, sin = self.rotary_emb(inputs_embeds, position_ids)  # [B, T, Dh] each
-        past = kv_cache.num_items() if kv_cache is not None else 0
-        masks = self.layer_masks(attention_mask, past)
+        masks = self.layer_masks(attention_mask, inputs_embeds, kv_cache)
         hidden_states, attentions = inputs_embeds, []
         for layer, mask in zip(self.layers, masks):
             hidden_states, weights = layer(
@@ -165,10 +167,12 @@ class GemmaForCausalLM(nn.Module):
         logits_to_keep: int = 0,
         output_attentions: bool = False,
         token_type_ids: Tensor | None = None,
+        is_prefix: bool = False,
     ) -> dict[str, Any]:
         """Token ids or scaled embeddings → `logits` [B, T, V] and the `kv_cache`.
 
-        - `attention_mask`, `token_type_ids`: see `mask_and_positions`. None: causal.
+        - `attention_mask`, `token_type_ids`, `is_prefix`: see `mask_and_positions`.
+          Without them, it is causal.
         - `position_ids` [B, T]: counted from `attention_mask` when absent.
         - `logits_to_keep`: 0 for logits at every position, n for the last n.
         - `output_attentions` adds `attentions`, one [B, H, T, M] a layer.
@@ -192,7 +196,7 @@ class GemmaForCausalLM(nn.Module):
                 "prompt or generate fewer tokens"
             )
         mask, counted = mask_and_positions(
-            inputs_embeds, kv_cache, attention_mask, token_type_ids
+            inputs_embeds, kv_cache, attention_mask, token_type_ids, is_prefix
         )  # [B, 1, T, M], [B, T]
         position_ids = counted if position_ids is None else position_ids
         check_ids("position_ids", position_ids, inputs_embeds.shape[:2])

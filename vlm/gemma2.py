@@ -59,7 +59,7 @@ class Gemma2DecoderLayer(nn.Module):
         hidden_states: Float[Tensor, "B T D"],
         cos: Float[Tensor, "B T Dh"],
         sin: Float[Tensor, "B T Dh"],
-        attention_mask: Bool[Tensor, "B 1 T M"],
+        attention_mask: Bool[Tensor, "B 1 T M"] | None,
         kv_cache: KVCache | StaticKVCache | None = None,
         output_attentions: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], Float[Tensor, "B H T M"] | None]:
@@ -80,11 +80,21 @@ class Gemma2Model(GemmaModel):
     layer_class = Gemma2DecoderLayer
 
     def layer_masks(
-        self, attention_mask: Bool[Tensor, "B 1 T M"], past: int
-    ) -> list[Bool[Tensor, "B 1 T M"]]:
+        self,
+        attention_mask: Bool[Tensor, "B 1 T M"] | None,
+        inputs_embeds: Float[Tensor, "B T D"],
+        kv_cache: KVCache | StaticKVCache | None,
+    ) -> list[Bool[Tensor, "B 1 T M"] | None]:
         """Each layer's mask: through the window where the config says so."""
-        window = self.config.sliding_window or attention_mask.shape[-1]  # None: all
-        windowed = sliding_window_mask(attention_mask, window, past)
+        batch, num_new = inputs_embeds.shape[:2]
+        past = 0  # counts where several new tokens attend to each other
+        if kv_cache is not None and (attention_mask is None or num_new > 1):
+            past = kv_cache.num_items()
+        mask = attention_mask
+        if mask is None:  # all attend to all
+            mask = inputs_embeds.new_ones(batch, 1, num_new, past + num_new).bool()
+        window = self.config.sliding_window or mask.shape[-1]  # None: all
+        windowed = sliding_window_mask(mask, window, past)
         masks = {"sliding_attention": windowed, "full_attention": attention_mask}
         return [masks[kind] for kind in self.config.layer_types]
 

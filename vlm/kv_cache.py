@@ -4,7 +4,7 @@ Built in notebooks/07_kv_cache.ipynb: edit it there, then run `make export`.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .config import GemmaConfig
@@ -81,8 +81,10 @@ class KVCache:
 class StaticKVCache:
     """The same interface over buffers of a fixed length, allocated once.
 
-    `update` returns the whole buffer, so shapes never change; the attention mask says
-    which of its `max_length` slots are filled. Like `KVCache`, for inference.
+    The first pass gets its own keys and values back. Each later one gets the whole
+    buffers: shapes never change, and the attention mask says which of the `max_length`
+    slots count. The number of tokens is a tensor, `position`, so that a compiled step
+    or a CUDA graph can count on. Like `KVCache`, for inference.
     """
 
     def __init__(
@@ -100,16 +102,27 @@ class StaticKVCache:
             tuple(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
             for _ in range(config.num_hidden_layers)
         ]
-        self._lengths = [0] * config.num_hidden_layers
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self._is_empty = True
 
     def num_items(self) -> int:
-        """Tokens in the cache so far; 0 when empty."""
-        return self._lengths[-1]
+        """Tokens in the cache so far; 0 when empty. Waits for a GPU."""
+        return 0 if self._is_empty else int(self.position)
 
     def key_length(self, num_new: int) -> int:
-        """Always the whole buffer; ValueError where `num_new` more tokens don't fit."""
-        self._require_room(self.num_items() + num_new)
-        return self.max_length
+        """How many keys `update` returns; ValueError where the tokens don't fit."""
+        length = self.num_items() + num_new
+        if length > self.max_length:
+            raise ValueError(
+                f"the cache holds {self.max_length} tokens, but {length} are needed: "
+                f"make it with max_length={length} or more"
+            )
+        return num_new if self._is_empty else self.max_length
+
+    def filled(self) -> Bool[Tensor, "M"]:
+        """Which slots the next token attends to: those filled, and its own."""
+        slots = torch.arange(self.max_length, device=self.position.device)  # [M]
+        return slots <= self.position
 
     def update(
         self,
@@ -117,23 +130,17 @@ class StaticKVCache:
         value_states: Float[Tensor, "B K T Dh"],
         layer_idx: int,
     ) -> tuple[Float[Tensor, "B K M Dh"], Float[Tensor, "B K M Dh"]]:
-        """Write T tokens into a layer's buffer; returns all M = max_length slots.
+        """Write T tokens into a layer's buffer; returns T or all `max_length` slots.
 
-        Raises ValueError where they don't fit, or for another batch.
+        Raises ValueError for another batch, IndexError where the tokens don't fit.
         """
-        keys, values = self._buffers[layer_idx]  # [B, K, M, Dh] each
+        keys, values = self._buffers[layer_idx]  # [B, K, max_length, Dh] each
         _require_same_batch(keys, key_states)
-        start = self._lengths[layer_idx]
-        end = start + key_states.shape[2]
-        self._require_room(end)
-        keys[:, :, start:end] = key_states
-        values[:, :, start:end] = value_states
-        self._lengths[layer_idx] = end
-        return keys, values
-
-    def _require_room(self, length: int) -> None:
-        if length > self.max_length:
-            raise ValueError(
-                f"the cache holds {self.max_length} tokens, but {length} are needed: "
-                f"make it with max_length={length} or more"
-            )
+        new = torch.arange(key_states.shape[2], device=keys.device)  # [T]
+        keys.index_copy_(2, self.position + new, key_states)
+        values.index_copy_(2, self.position + new, value_states)
+        is_first, is_last = self._is_empty, layer_idx == len(self._buffers) - 1
+        if is_last:
+            self.position += len(new)
+            self._is_empty = False
+        return (key_states, value_states) if is_first else (keys, values)

@@ -55,6 +55,8 @@ def sliding_window_mask(
         return attention_mask
     so_far = attention_mask.cumsum(dim=-1)  # [B, 1, T, M]
     after = so_far[..., -1:] - so_far  # [B, 1, T, M]: attended to, after this key
+    if num_new == 1:
+        return attention_mask & (after < window)
     new = attention_mask[..., past : past + num_new]  # [B, 1, T, T]
     mutual = F.pad(new & new.mT, (past, length - past - num_new))  # [B, 1, T, M]
     return attention_mask & (mutual | (after < window))
@@ -65,22 +67,33 @@ def mask_and_positions(
     kv_cache: KVCache | StaticKVCache | None = None,
     attention_mask: Tensor | None = None,
     token_type_ids: Tensor | None = None,
-) -> tuple[Bool[Tensor, "B 1 T keys"], Int[Tensor, "B T"] | None]:
+    is_prefix: bool = False,
+) -> tuple[Bool[Tensor, "B 1 T keys"] | None, Int[Tensor, "B T"] | None]:
     """The mask and the position ids of T new tokens, after those in the cache.
+
+    The mask is None where every token attends to every other: then attention needn't
+    read one, and can choose its fastest kernel.
 
     - `attention_mask` [B, M] of 1 and 0, M cached and new tokens (None: all ones); or a
       mask [B, 1, T, M], which is taken as it is, and then there are no position ids.
-    - `token_type_ids` [B, M]: see `make_attn_mask` (None: all ones, causal).
+    - `token_type_ids` [B, M]: see `make_attn_mask` (None: all ones, causal; with
+      `is_prefix` all zeros, bidirectional).
 
-    A static cache returns empty slots too: the mask is False there.
+    A static cache may return empty slots too: the mask is False there.
     Raises ValueError for another shape, and where a static cache has no room.
     """
     past = 0 if kv_cache is None else kv_cache.num_items()
     batch, num_new = inputs_embeds.shape[:2]
-    length = past + num_new
-    ones = torch.ones(batch, length, dtype=torch.long, device=inputs_embeds.device)
+    length, device = past + num_new, inputs_embeds.device
+    nothing_given = attention_mask is None and token_type_ids is None
+    if nothing_given and (is_prefix or num_new == 1):
+        if kv_cache is None or kv_cache.key_length(num_new) == length:
+            position_ids = torch.arange(past, length, device=device)  # [T]
+            return None, position_ids.expand(batch, num_new)
+    ones = torch.ones(batch, length, dtype=torch.long, device=device)
     mask = ones if attention_mask is None else attention_mask
-    types = ones if token_type_ids is None else token_type_ids
+    absent = torch.zeros_like(ones) if is_prefix else ones
+    types = absent if token_type_ids is None else token_type_ids
     pairs = batch, 1, num_new, length
     for name, given, shape in (
         ("attention_mask", mask, ones.shape if mask.ndim == 2 else pairs),

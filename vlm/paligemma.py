@@ -105,10 +105,9 @@ class PaliGemmaForConditionalGeneration(nn.Module):
         if labels is not None and token_type_ids is None:
             raise ValueError("labels need token_type_ids: else the answer is prefix")
         check_ids("input_ids", input_ids)
-        if kv_cache is not None and kv_cache.num_items():
-            pixel_values = None  # in the cache already, and what comes now is answer
-        elif token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)  # a prefill is all prefix
+        is_prefill = kv_cache is None or kv_cache.num_items() == 0
+        if not is_prefill:
+            pixel_values = None  # in the cache already
         features = None if pixel_values is None else self.encode_images(pixel_values)
         outputs = self.language_model(
             inputs_embeds=self.embed_inputs(input_ids, features),
@@ -118,6 +117,7 @@ class PaliGemmaForConditionalGeneration(nn.Module):
             logits_to_keep=logits_to_keep,
             output_attentions=output_attentions,
             token_type_ids=token_type_ids,
+            is_prefix=is_prefill,  # without types: what comes later is answer
         )
         if output_image_hidden_states:
             outputs["image_hidden_states"] = features

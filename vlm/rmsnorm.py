@@ -6,6 +6,7 @@ Built in notebooks/04_rmsnorm.ipynb: edit it there, then run `make export`.
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = ["GemmaRMSNorm"]
 
@@ -25,8 +26,7 @@ class GemmaRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Normalize over the last axis; shape and dtype stay."""
-        states = hidden_states.float()
-        mean_square = states.square().mean(dim=-1, keepdim=True)  # [..., 1]
-        states = states * torch.rsqrt(mean_square + self.eps)  # [..., D]
-        states = states * (1.0 + self.weight.float())
+        factors = 1.0 + self.weight.float()  # [D]
+        states = hidden_states.float()  # [..., D]
+        states = F.rms_norm(states, factors.shape, factors, self.eps)  # [..., D]
         return states.to(hidden_states.dtype)

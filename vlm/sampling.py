@@ -3,15 +3,18 @@
 Built in notebooks/15_sampling.ipynb: edit it there, then run `make export`.
 """
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import inf
+from functools import cache
+from math import inf, isnan
 from numbers import Integral, Real
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from .gemma import check_ids
 from .kv_cache import KVCache, StaticKVCache
@@ -41,20 +44,25 @@ def top_k_filter(logits: Float[Tensor, "B V"], top_k: int) -> Float[Tensor, "B V
     return logits.masked_fill(logits < kth, -inf)
 
 
-def top_p_filter(logits: Float[Tensor, "B V"], top_p: float) -> Float[Tensor, "B V"]:
+def top_p_filter(
+    logits: Float[Tensor, "B V"], top_p: float, most: int | None = None
+) -> Float[Tensor, "B V"]:
     """Mask out (-inf) all but the smallest set of tokens whose probabilities reach p.
 
-    The token that crosses p is in it: it is never empty. Source: Holtzman et al. 2020.
+    The token that crosses p is in it: it is never empty. `most`: how many top-k has
+    left; then only these are sorted. Source: Holtzman et al. 2020.
     """
     if top_p >= 1:  # everything stays; rounding must not drop the tail
         return logits
-    sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)  # [B, V]
+    k = min(most or logits.shape[-1], logits.shape[-1])
+    sorted_logits, order = logits.topk(k, dim=-1)  # [B, k], in descending order
     probabilities = sorted_logits.softmax(dim=-1)
     before = probabilities.cumsum(dim=-1) - probabilities  # mass ahead of each token
     drop = before >= top_p
     drop[:, 0] = False  # nothing is ahead of the first, however small p is
-    drop = torch.zeros_like(drop).scatter(1, order, drop)  # back in vocabulary order
-    return logits.masked_fill(drop, -inf)
+    kept = sorted_logits.masked_fill(drop, -inf)  # [B, k]
+    nothing = torch.full_like(logits, -inf)
+    return nothing.scatter(1, order, kept)  # back in vocabulary order
 
 
 def sample_next_token(
@@ -63,12 +71,14 @@ def sample_next_token(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    uniform: Float[Tensor, "B"] | None = None,
 ) -> tuple[Int[Tensor, "B"], Float[Tensor, "B"]]:
     """Choose each row's next token: (ids, probabilities of the chosen).
 
     Greedy unless `do_sample`, and at temperature 0. The probabilities are those of the
-    filtered distribution that is drawn from; for greedy, the plain softmax's.
+    filtered distribution that is drawn from; for greedy, the plain softmax's; NaN where
+    a logit is NaN or inf. `uniform`: each row's number in [0, 1), as from
+    `uniform_numbers`; without it, a random one.
     """
     logits = logits.float()
     if not do_sample or temperature == 0:
@@ -78,12 +88,35 @@ def sample_next_token(
     if top_k is not None:
         logits = top_k_filter(logits, top_k)
     if top_p is not None:
-        logits = top_p_filter(logits, top_p)
+        logits = top_p_filter(logits, top_p, most=top_k)
     probabilities = logits.softmax(dim=-1)  # [B, V]
-    # Drawn on the CPU, so that a seed means the same on every device.
-    drawn = torch.multinomial(probabilities.cpu(), 1, generator=generator)  # [B, 1]
-    token_ids = drawn.to(logits.device)
+    cumulative = probabilities.cumsum(dim=-1)  # [B, V]: a staircase from 0 to about 1
+    if uniform is None:
+        uniform = torch.rand(len(logits), device=logits.device)
+    height = uniform[:, None] * cumulative[:, -1:]  # [B, 1]
+    # The first stair above that height. `right`: one of no height is never hit.
+    token_ids = torch.searchsorted(cumulative, height, right=True)  # [B, 1]
+    token_ids = token_ids.clamp(max=logits.shape[-1] - 1)  # where all is NaN
     return token_ids[:, 0], probabilities.gather(1, token_ids)[:, 0]  # [B] each
+
+
+def uniform_numbers(
+    seed: int | None, num_steps: int, num_rows: int
+) -> Float[Tensor, "steps B"]:
+    """Numbers in [0, 1) to draw with, for each step and row; None: others every time.
+
+    Those of a row depend on the seed and the row's number alone, and are drawn on the
+    CPU: a seed means the same on every device and in every batch.
+    """
+    if seed is None:
+        return torch.rand(num_steps, num_rows)
+    columns = []
+    for row in range(num_rows):
+        # Python's generator makes of both a seed like no other row's.
+        own = random.Random(f"{seed} {row}").getrandbits(63)
+        generator = torch.Generator().manual_seed(own)
+        columns.append(torch.rand(num_steps, generator=generator))
+    return torch.stack(columns, dim=1)  # [steps, B]
 
 
 RANGES = {  # setting → type, smallest and largest value, the same in words
@@ -112,6 +145,7 @@ class GenerationConfig:
     stop: str | Sequence[str] | Callable[[list[int]], bool] | None = None
     seed: int | None = None  # the same draws every time
     cache: str = "dynamic"  # grows; "static" is allocated once
+    compile: bool = False  # decode steps, with a static cache: chapter 23
 
     def __post_init__(self) -> None:
         for name, (kind, low, high, words) in RANGES.items():
@@ -121,6 +155,8 @@ class GenerationConfig:
                 raise ValueError(f"{name}={value!r} must be {words}")
         if self.cache not in ("dynamic", "static"):
             raise ValueError(f"cache={self.cache!r} must be 'dynamic' or 'static'")
+        if self.compile:
+            self.cache = "static"
         if callable(self.stop):
             return
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -145,6 +181,10 @@ def prefill(model: PaliGemma, inputs: Inputs, kv_cache: Cache) -> Float[Tensor, 
     Logits are computed from the shortest row's end on, not for the whole prompt.
     """
     attention_mask = inputs["attention_mask"]  # [B, T]
+    if attention_mask.all():  # nothing to mask out: the model needn't read a mask
+        inputs = inputs | {"attention_mask": None}
+        outputs = model(**inputs, kv_cache=kv_cache, logits_to_keep=1)
+        return outputs["logits"][:, -1]  # [B, 1, V] → [B, V]
     length = attention_mask.shape[1]
     positions = torch.arange(length, device=attention_mask.device)  # [T]
     last = (attention_mask * positions).argmax(dim=1)  # [B]
@@ -157,12 +197,29 @@ def prefill(model: PaliGemma, inputs: Inputs, kv_cache: Cache) -> Float[Tensor, 
 def decode_one_token(
     model: PaliGemma,
     token_ids: Int[Tensor, "B"],
-    attention_mask: Int[Tensor, "B M"],
+    position_ids: Int[Tensor, "B 1"],
+    attention_mask: Bool[Tensor, "B 1 1 M"] | None,
     kv_cache: Cache,
 ) -> Float[Tensor, "B V"]:
-    """One new token in, the next one's logits out; the mask counts the new token."""
-    outputs = model(token_ids[:, None], None, attention_mask, kv_cache)
-    return outputs["logits"][:, -1]  # [B, 1, V] → [B, V]
+    """One new token in, the next one's logits out.
+
+    Straight to the decoder: its inputs were checked at the door, and no value is read
+    here, so that a GPU never waits. `attention_mask`: which of M cached and new tokens
+    are real; None: all. A static cache's empty slots are masked out here.
+    """
+    decoder = model.language_model
+    inputs_embeds = decoder.model.embed(token_ids[:, None])  # [B, 1, D]
+    if isinstance(kv_cache, StaticKVCache):
+        attention_mask = attention_mask & kv_cache.filled()  # [B, 1, 1, M]
+    states, _ = decoder.model(inputs_embeds, attention_mask, position_ids, kv_cache)
+    return decoder.compute_logits(states)[:, -1]  # [B, 1, V] → [B, V]
+
+
+@cache
+def compiled_decode_step() -> Callable:
+    """`decode_one_token` compiled, once for all: on a GPU into a CUDA graph."""
+    mode = "reduce-overhead" if torch.cuda.is_available() else None
+    return torch.compile(decode_one_token, fullgraph=True, dynamic=False, mode=mode)
 
 
 @torch.no_grad()
@@ -174,36 +231,45 @@ def token_steps(
     EOS and `stop` are the caller's business. Raises FloatingPointError for logits that
     are NaN or inf: their argmax would be token 0, which reads as a blank.
     """
-    inputs = {n: t.to(model.device) for n, t in inputs.items() if t is not None}
-    attention_mask = inputs["attention_mask"]
-    batch, length = attention_mask.shape
-    config, limit = model.config.text_config, settings.max_new_tokens
+    device, limit = model.device, settings.max_new_tokens
+    inputs = {n: t.to(device) for n, t in inputs.items() if t is not None}
+    given = inputs["attention_mask"].bool()  # [B, T]
+    is_padded, (batch, length) = not given.all(), given.shape
+    capacity, decode = length + limit, decode_one_token
+    if settings.compile:
+        capacity = -(-capacity // 256) * 256  # few sizes, few compilations
+        decode = compiled_decode_step()
+    real = F.pad(given, (0, capacity - length), value=True)  # [B, capacity]
+    real = real[:, None, None]  # [B, 1, 1, capacity]
+    position_ids = given.sum(dim=1, keepdim=True)  # [B, 1]: the next token's
     kv_cache = KVCache()
-    if settings.cache == "static":
-        kv_cache = StaticKVCache(
-            config, batch, length + limit, model.device, model.dtype
-        )
-    seed = settings.seed
-    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    if is_static := settings.cache == "static":
+        sizes = batch, capacity, device, model.dtype
+        kv_cache = StaticKVCache(model.config.text_config, *sizes)
     how = settings.do_sample, settings.temperature, settings.top_k, settings.top_p
+    uniform = uniform_numbers(settings.seed, limit, batch).to(device)  # [limit, B]
     image_id = model.config.image_token_index
     logits = prefill(model, inputs, kv_cache)  # [B, V]
     for step in range(limit):
-        if not logits.amax(dim=-1).isfinite().all():  # -inf alone is masked out
+        # No picture in an answer. (An id outside the embedding table: an empty slice.)
+        logits[:, image_id : image_id + 1] = -inf
+        token_ids, probabilities = sample_next_token(logits, *how, uniform[step])
+        # The step's one transfer; as float32, ids are exact up to 2^24.
+        ids, chances = torch.stack([token_ids.float(), probabilities]).tolist()
+        if any(map(isnan, chances)):
             advice = "look for NaN in the weights and in pixel_values"
             if model.dtype == torch.float16:
                 advice = "if it overflows, load it with dtype='float32' or 'bfloat16'"
             raise FloatingPointError(
                 f"logits are NaN or inf in {model.dtype}: {advice}"
             )
-        # No picture in an answer. (An id outside the embedding table: an empty slice.)
-        logits[:, image_id : image_id + 1] = -inf
-        token_ids, probabilities = sample_next_token(logits, *how, generator)
-        yield token_ids.tolist(), probabilities.tolist()
+        yield [*map(int, ids)], chances
         if step + 1 < limit:
-            one = attention_mask.new_ones(batch, 1)
-            attention_mask = torch.cat([attention_mask, one], dim=1)  # [B, T + n]
-            logits = decode_one_token(model, token_ids, attention_mask, kv_cache)
+            mask = None
+            if is_static or is_padded:
+                mask = real if is_static else real[..., : length + step + 1]
+            logits = decode(model, token_ids, position_ids, mask, kv_cache)
+            position_ids += 1
 
 
 class IncrementalDetokenizer:
@@ -221,8 +287,8 @@ class IncrementalDetokenizer:
             tokenizer.eos_token_id,
             tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         }
-        self.token_ids: list[int] = []
-        self.text = ""
+        self.token_ids: list[int] = []  # of the last piece and what follows
+        self.num_before, self.before = 0, ""  # those of it, and their text
 
     def add(self, token_id: int) -> str:
         """The text that this token adds; empty for a special or unfinished one."""
@@ -236,12 +302,19 @@ class IncrementalDetokenizer:
         return self._advance(final=True)
 
     def _advance(self, final: bool = False) -> str:
-        text = self.tokenizer.decode(self.token_ids, clean_up_tokenization_spaces=False)
+        text = self._decode(self.token_ids)
         if text.endswith("\ufffd") and not final:
             return ""
-        piece = text[len(self.text) :]
-        self.text = text
+        piece = text[len(self.before) :]
+        # The last piece stays, so that the next knows what it follows: at the start of
+        # a text, a space would be dropped. What came before it never changes.
+        self.token_ids = self.token_ids[self.num_before :]
+        self.num_before = len(self.token_ids)
+        self.before = self._decode(self.token_ids)
         return piece
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids, clean_up_tokenization_spaces=False)
 
 
 @dataclass
