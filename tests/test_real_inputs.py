@@ -311,5 +311,5 @@ def test_an_upload_is_turned_upright(model, processor, decoder, seen, tmp_path):
     scene().transpose(STORED_TURNS[8]).save(path, exif=exif(8), quality=95)
     playground = Playground(model, processor, decoder)
     playground.open(path.read_bytes(), path.name)
-    assert playground.output.image.size == (300, 200)
+    assert playground.image.size == (300, 200)
     assert "300 × 200" in playground.output.line.value

@@ -14,16 +14,15 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from .cli import print_err, printable
-from .detection import ParsedObjects, draw_detections, parse_detections
+from .detection import ParsedObjects, draw_objects, parse_detections
 from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .sampling import Generation, GenerationConfig, check_inputs, generation_steps
-from .segmentation import draw_segmentations, parse_segmentations
+from .segmentation import parse_segmentations
 
 __all__ = [
-    "answer_steps", "parse_answer", "draw_answer", "format_table", "answer_warnings",
-    "print_answers",
+    "answer_steps", "parse_answer", "format_table", "answer_warnings", "print_answers",
 ]  # fmt: skip
 
 
@@ -57,12 +56,6 @@ def parse_answer(
     if task == "segment":
         return parse_segmentations(answer, *size, decoder)
     return parse_detections(answer, *size) if task == "detect" else None
-
-
-def draw_answer(image: Image.Image, found: ParsedObjects | None) -> Image.Image:
-    """A copy of the image, with the boxes and masks of what was found."""
-    has_masks = any(hasattr(one, "mask") for one in found or ())
-    return (draw_segmentations if has_masks else draw_detections)(image, found or ())
 
 
 def format_table(found: ParsedObjects) -> str:
@@ -145,7 +138,7 @@ def print_answers(
         with tqdm.external_write_mode():  # above the bar, if there is one
             print(text, flush=True)
         if outputs:
-            draw_answer(image, found).save(outputs[file])
+            draw_objects(image, found or ()).save(outputs[file])
         if outputs and style == "stream":
             empty = "" if found else ", without a box"
             warnings.append(f"wrote {outputs[file]}{empty}")
