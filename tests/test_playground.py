@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from reference import randomize, tiny_config
 
-import vlm.answers
 import vlm.playground
 import vlm.weights
 from vlm.figures.playground import token_strip
@@ -67,7 +66,7 @@ def says(monkeypatch):
                 row.pieces.append(piece)
                 yield [row]
 
-        monkeypatch.setattr(vlm.answers, "generation_steps", steps)
+        monkeypatch.setattr(vlm.playground, "generation_steps", steps)
 
     return set_answer
 
@@ -237,10 +236,10 @@ def test_examples_name_what_is_there_and_one_thing_that_isnt(kinds):
 
 
 def test_every_shipped_picture_can_be_chosen(play):
-    names = play.controls.shipped.options
-    assert len(names) > 5
-    for name in names[::-1]:
-        play.controls.shipped.value = name
+    options = play.controls.shipped.options
+    assert len(options) > 5
+    for name, path in options[::-1]:
+        play.controls.shipped.value = path
         assert text(play.output.line).startswith(name) and not is_error(play)
         assert 'alt="' in play.output.view.value
 

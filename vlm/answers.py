@@ -4,7 +4,6 @@ Built in notebooks/30_inference.ipynb: edit it there, then run `make export`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +20,7 @@ from .processing import PaliGemmaProcessor
 from .sampling import Generation, GenerationConfig, check_inputs, generation_steps
 from .segmentation import parse_segmentations
 
-__all__ = [
-    "answer_steps", "parse_answer", "format_table", "answer_warnings", "print_answers",
-]  # fmt: skip
-
-
-def answer_steps(
-    model: PaliGemmaForConditionalGeneration,
-    processor: PaliGemmaProcessor,
-    prompt: str,
-    images: Sequence[Image.Image],
-    settings: GenerationConfig,
-) -> Iterator[list[Generation]]:
-    """Yield the answers, one for each image, after every token: they grow.
-
-    Raises ValueError, before the first token, where an answer may not fit.
-    """
-    inputs = processor(text=[prompt] * len(images), images=images)
-    check_inputs(model, inputs, settings)
-    yield from generation_steps(model, processor.tokenizer, inputs, settings)
+__all__ = ["parse_answer", "format_table", "answer_warnings", "print_answers"]
 
 
 def parse_answer(
@@ -120,7 +101,9 @@ def print_answers(
     `style`: "stream" prints the one answer as it is made, "text" each complete answer
     after its file, "json" an object a line. `outputs`: where to draw, by file.
     """
-    for answers in answer_steps(model, processor, prompt, [*images.values()], settings):
+    inputs = processor(text=[prompt] * len(images), images=[*images.values()])
+    check_inputs(model, inputs, settings)
+    for answers in generation_steps(model, processor.tokenizer, inputs, settings):
         if style == "stream":
             print(answers[0].pieces[-1], end="", flush=True)
     for (file, image), answer in zip(images.items(), answers):

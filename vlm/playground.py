@@ -16,7 +16,7 @@ from typing import Any
 import ipywidgets as widgets
 from PIL import Image
 
-from .answers import answer_steps, answer_warnings, format_table, parse_answer
+from .answers import answer_warnings, format_table, parse_answer
 from .cli import user_message
 from .detection import draw_objects
 from .figures import playground as html
@@ -26,7 +26,7 @@ from .inference import check_prompt
 from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
-from .sampling import Generation, GenerationConfig
+from .sampling import Generation, GenerationConfig, check_inputs, generation_steps
 from .scenes import ASSETS, VALIDATION_SEEDS, all_classes, make_scene
 from .segmentation import load_mask_decoder
 from .weights import describe_model, load_chosen_model, load_hf_model, make_processor
@@ -67,7 +67,7 @@ HALF = {"flex": "1 1 20em", "padding": "0 1em 0 0"}  # side by side, if there is
 SETTINGS = ("do_sample", "temperature", "top_p", "top_k", "seed", "max_new_tokens")
 
 
-def make_controls(shipped: Sequence[str]) -> SimpleNamespace:
+def make_controls() -> SimpleNamespace:
     """The widgets that say what is asked, and how, by name; `box` holds them all."""
 
     def field(kind: type[widgets.Widget], name: str, **settings: Any) -> widgets.Widget:
@@ -79,7 +79,7 @@ def make_controls(shipped: Sequence[str]) -> SimpleNamespace:
     typed = dict(continuous_update=False)  # not at each letter
     typed["placeholder"] = "for a file of more than 10 MB"  # Jupyter's limit
     controls = SimpleNamespace(
-        shipped=field(widgets.Dropdown, "picture", options=shipped),
+        shipped=field(widgets.Dropdown, "picture", options=[*shipped_images().items()]),
         new_scene=button(description="New scene", icon="random"),
         upload=widgets.FileUpload(description="Your picture", accept="image/*"),
         path=field(widgets.Text, "or its path", **typed),
@@ -121,32 +121,33 @@ def report_errors(line: widgets.HTML) -> Iterator[None]:
             raise
 
 
-def ask(playground: "Playground", prompt: str) -> None:
+def ask(play: "Playground", prompt: str) -> None:
     """Make an answer and show it, token by token, until its end or Stop."""
-    image, processor, output = playground.image, playground.processor, playground.output
-    controls, eos = vars(playground.controls), processor.tokenizer.eos_token_id
-    values = {name: controls[name].value for name in SETTINGS}
+    image, tokenizer, output = play.image, play.processor.tokenizer, play.output
+    eos = tokenizer.eos_token_id
+    values = {name: vars(play.controls)[name].value for name in SETTINGS}
     settings = GenerationConfig(**values | {"top_k": values["top_k"] or None})
-    _, lines = check_prompt(prompt, has_decoder=playground.decoder is not None)
+    _, lines = check_prompt(prompt, has_decoder=play.decoder is not None)
     if image is None:
         raise ValueError("there is no picture: choose one, or take yours")
-    output.view.value = html.picture(image, playground.name)
+    output.view.value = html.picture(image, play.name)
     output.line.value = html.line("reading the picture and the prompt …")
-    asked = (playground.model, processor, prompt, [image], settings)
-    for (answer,) in answer_steps(*asked):
+    inputs = play.processor(text=[prompt], images=[image])
+    check_inputs(play.model, inputs, settings)
+    for (answer,) in generation_steps(play.model, tokenizer, inputs, settings):
         output.text.value = html.answer(answer, eos)
-        if playground.stopped.is_set():
+        if play.stopped.is_set():
             break
-    found = parse_answer(prompt, answer, image.size, playground.decoder)
+    found = parse_answer(prompt, answer, image.size, play.decoder)
     if found is not None:
-        playground.drawing = draw_objects(image, found)
-        output.view.value = html.picture(playground.drawing, playground.name, found)
+        play.drawing = draw_objects(image, found)
+        output.view.value = html.picture(play.drawing, play.name, found)
         output.text.value = html.answer(answer, eos, format_table(found))
     lines = answer_warnings(answer, eos) + lines
-    if playground.stopped.is_set():
+    if play.stopped.is_set():
         lines = [f"stopped after {len(answer.token_ids)} tokens"]
-    output.line.value = html.line("; ".join([playground.name, *lines]))
-    playground.answer, playground.found = answer, found
+    output.line.value = html.line("; ".join([play.name, *lines]))
+    play.answer, play.found = answer, found
 
 
 def bind_events(playground: "Playground") -> None:
@@ -172,8 +173,7 @@ def bind_events(playground: "Playground") -> None:
             controls.stop.disabled = False
             threading.Thread(target=playground.run, daemon=True).start()
 
-    images = playground.shipped
-    on_value(controls.shipped, lambda name: playground.open(images[name], name))
+    on_value(controls.shipped, lambda p: playground.open(p, controls.shipped.label))
     on_value(controls.upload, take_upload)
     on_value(controls.path, take_path)
     on_value(controls.examples, take_example)
@@ -199,8 +199,7 @@ class Playground:
         about: str = "",
     ):
         self.model, self.processor, self.decoder = model, processor, decoder
-        self.stopped, self.shipped = threading.Event(), shipped_images()
-        self.controls = make_controls([*self.shipped])
+        self.stopped, self.controls = threading.Event(), make_controls()
         names = ("style", "line", "view", "text", "about")
         self.output = SimpleNamespace(**{name: widgets.HTML() for name in names})
         self.output.style.value = html.style()
@@ -209,7 +208,7 @@ class Playground:
         halves, wrap = [self.controls.box, right], {"flex_flow": "row wrap"}
         self.box = widgets.Box(halves, layout=wrap)
         bind_events(self)
-        self.open(self.shipped["the book's scene"], "the book's scene")
+        self.open(self.controls.shipped.value, self.controls.shipped.label)
 
     def open(
         self, image: ImageLike | bytes, name: str = "", kinds: Sequence[str] = ()
@@ -221,7 +220,7 @@ class Playground:
         output, name = self.output, name or "your picture"
         self.image = self.answer = self.found = self.drawing = None
         output.line.value = output.view.value = output.text.value = ""
-        if name not in self.shipped:
+        if name != self.controls.shipped.label:
             self.controls.shipped.index = None
         prompts = example_prompts(kinds or ("owl", "elephant"))  # of the book's scene
         self.controls.examples.options = [("choose one", ""), *zip(prompts, prompts)]
