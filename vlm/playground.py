@@ -121,7 +121,7 @@ def report_errors(line: widgets.HTML) -> Iterator[None]:
             raise
 
 
-def ask(play: "Playground", prompt: str) -> None:
+def show_answer(play: "Playground", prompt: str) -> None:
     """Make an answer and show it, token by token, until its end or Stop."""
     image, tokenizer, output = play.image, play.processor.tokenizer, play.output
     eos = tokenizer.eos_token_id
@@ -243,7 +243,7 @@ class Playground:
         self.controls.stop.disabled = False
         try:
             with report_errors(self.output.line):
-                ask(self, self.controls.prompt.value.strip())
+                show_answer(self, self.controls.prompt.value.strip())
         finally:
             self.controls.stop.disabled = True
         return self.answer
