@@ -1,6 +1,7 @@
 """What the model attends to while it writes."""
 
 import inspect
+from functools import partial
 
 import numpy as np
 import pytest
@@ -39,9 +40,11 @@ PICTURE = Image.fromarray(
 )
 
 
-def test_without_an_answer_it_is_what_the_model_writes(models, processor):
+def test_without_an_answer_it_is_what_the_model_writes(models, processor, monkeypatch):
+    short = partial(generate_tokens, max_new_tokens=6)
+    monkeypatch.setattr("vlm.captioning.generate_tokens", short)
     inputs = processor(["caption en"], [PICTURE])
-    (row,) = generate_tokens(models[0], processor.tokenizer, inputs)
+    (row,) = short(models[0], processor.tokenizer, inputs)
     maps = attention_maps(models[0], processor, "caption en", PICTURE)
     assert maps.attention.shape == (len(row.token_ids), 2, 2)
     assert maps.probabilities == pytest.approx(row.probabilities, abs=1e-5)
