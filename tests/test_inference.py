@@ -18,11 +18,16 @@ import vlm.answers
 import vlm.weights
 from vlm.answers import format_table
 from vlm.detection import Detection, ParsedObjects
-from vlm.inference import drawing_paths, find_images, main, test_inference
+from vlm.inference import (
+    check_prompt,
+    drawing_paths,
+    find_images,
+    main,
+    test_inference,
+)
 from vlm.mask_tokens import DECODER_FILE, MaskDecoder
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
-from vlm.prompts import prompt_warnings
 from vlm.sampling import Generation, generate
 from vlm.segmentation import Segmentation
 from vlm.weights import load_hf_model, save_hf_model
@@ -325,7 +330,7 @@ def test_a_prompt_of_no_known_task_gets_a_warning(checkpoint, says, capsys):
     ],
 )
 def test_a_prompt_that_misses_by_little_gets_the_right_one(prompt, key):
-    (line,) = prompt_warnings(prompt)
+    _, (line,) = check_prompt(prompt)
     assert key in line
 
 
@@ -335,7 +340,7 @@ def test_a_prompt_that_misses_by_little_gets_the_right_one(prompt, key):
     + ["caption en", "caption de", "answer en is there an owl?", "ocr", "cap en"],
 )
 def test_a_prompt_in_its_form_gets_no_warning(prompt):
-    assert prompt_warnings(prompt) == []
+    assert check_prompt(prompt) == (prompt.split()[0], [])
 
 
 WRONG_TYPES = [
@@ -360,7 +365,6 @@ import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})
 from reference import tiny_tokenizer
 from vlm.inference import test_inference
 from vlm.processing import PaliGemmaProcessor
-from vlm.prompts import prompt_warnings
 asked = dict(model=None, processor=PaliGemmaProcessor(tiny_tokenizer(), 4, 28))
 asked |= dict(device="cpu", prompt="detect owl", image_file_path="picture.png")
 for wrong, _ in {WRONG_TYPES}:
@@ -397,7 +401,9 @@ def test_a_table_keeps_its_columns():
         "label  x0  y0    x1  y1   mask  score",
         "owl     0   0  2345   5  11725   1.00",
     ]
-    assert format_table(ParsedObjects([], invalid=2, repeated=3)).splitlines() == [
+    nothing = ParsedObjects()
+    nothing.invalid, nothing.repeated = 2, 3
+    assert format_table(nothing).splitlines() == [
         "nothing found",
         "2 left out: no valid box or mask",
         "3 left out: written before, token by token",

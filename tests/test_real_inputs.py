@@ -14,6 +14,7 @@ from PIL import Image
 from reference import STORED_TURNS, randomize, tiny_config
 
 import vlm.answers
+import vlm.playground
 from vlm.answers import parse_answer
 from vlm.images import image_to_pixels, load_image
 from vlm.inference import test_inference
@@ -62,7 +63,8 @@ def seen(monkeypatch):
         shown.append(inputs["pixel_values"][0])
         yield [Generation([7, tokenizer.eos_token_id], [1.0, 1.0], [ANSWER, ""])]
 
-    monkeypatch.setattr(vlm.answers, "generation_steps", steps)
+    for module in (vlm.answers, vlm.playground):
+        monkeypatch.setattr(module, "generation_steps", steps)
     return shown
 
 
@@ -311,5 +313,5 @@ def test_an_upload_is_turned_upright(model, processor, decoder, seen, tmp_path):
     scene().transpose(STORED_TURNS[8]).save(path, exif=exif(8), quality=95)
     playground = Playground(model, processor, decoder)
     playground.open(path.read_bytes(), path.name)
-    assert playground.output.image.size == (300, 200)
+    assert playground.image.size == (300, 200)
     assert "300 × 200" in playground.output.line.value

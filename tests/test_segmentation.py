@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from vlm.detection import Detection, ParsedObjects, draw_detections
+from vlm.detection import Detection, ParsedObjects, draw_objects
 from vlm.hub import EMBEDDED
 from vlm.images import load_image
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
@@ -25,7 +25,6 @@ from vlm.segmentation import (
     GOOGLE_DECODER,
     GOOGLE_SHA256,
     Segmentation,
-    draw_segmentations,
     load_mask_decoder,
     parse_segmentations,
     paste_mask,
@@ -388,11 +387,11 @@ def disc(width=200, height=160, box=(40.0, 60.0, 140.0, 140.0), label="owl"):
 def test_drawing_tints_the_mask_and_leaves_the_picture_alone():
     picture = Image.new("RGB", (200, 160), (90, 90, 90))
     thing = disc()
-    drawn = draw_segmentations(picture, [thing])
+    drawn = draw_objects(picture, [thing])
     assert picture.getextrema() == ((90, 90),) * 3
     touched = changed(picture, drawn)
     assert touched[thing.mask].all()
-    boxed = draw_detections(picture, [Detection("owl", thing.box)])
+    boxed = draw_objects(picture, [Detection("owl", thing.box)])
     assert (touched == (thing.mask | changed(picture, boxed))).all()
     pixels = np.asarray(drawn).astype(int)
     assert (pixels[100, 90] == pixels[110, 100]).all()  # one tint in the middle
@@ -404,8 +403,8 @@ def test_drawing_tints_the_mask_and_leaves_the_picture_alone():
 def test_the_outline_is_solid():
     picture = Image.new("RGB", (200, 160), "white")
     thing = disc()
-    pixels = np.asarray(draw_segmentations(picture, [thing]))
-    color = np.asarray(draw_detections(picture, [Detection("owl", thing.box)]))[100, 40]
+    pixels = np.asarray(draw_objects(picture, [thing]))
+    color = np.asarray(draw_objects(picture, [Detection("owl", thing.box)]))[100, 40]
     row = thing.mask[120].nonzero()[0]
     assert (pixels[120, row[0]] == color).all() and (
         pixels[120, row[-1]] == color
@@ -415,18 +414,18 @@ def test_the_outline_is_solid():
 
 def test_drawing_nothing_changes_nothing():
     picture = Image.new("RGB", (20, 10), "green")
-    assert not changed(picture, draw_segmentations(picture, [])).any()
+    assert not changed(picture, draw_objects(picture, [])).any()
     empty = Segmentation("owl", (1.0, 1.0, 5.0, 5.0), np.zeros((10, 20), bool))
-    boxed = draw_detections(picture, [Detection("owl", empty.box)])
-    assert not changed(boxed, draw_segmentations(picture, [empty])).any()
+    boxed = draw_objects(picture, [Detection("owl", empty.box)])
+    assert not changed(boxed, draw_objects(picture, [empty])).any()
 
 
 def test_a_label_has_the_color_that_detections_give_it():
     picture = Image.new("RGB", (400, 160), "white")
     spans = [("owl", 10), ("pig", 140), ("owl", 270)]
     things = [disc(400, 160, (x, 60.0, x + 100, 140.0), label) for label, x in spans]
-    masks = draw_segmentations(picture, things)
-    boxes = draw_detections(picture, [Detection(t.label, t.box) for t in things])
+    masks = draw_objects(picture, things)
+    boxes = draw_objects(picture, [Detection(t.label, t.box) for t in things])
     tints = [masks.getpixel((x + 50, 100)) for _, x in spans]
     assert tints[0] == tints[2] != tints[1]
     for _, x in spans:
@@ -435,7 +434,7 @@ def test_a_label_has_the_color_that_detections_give_it():
 
 def test_a_mask_of_another_size_is_refused():
     with pytest.raises(ValueError, match=r"200 × 160.*20 × 10"):
-        draw_segmentations(Image.new("RGB", (20, 10)), [disc()])
+        draw_objects(Image.new("RGB", (20, 10)), [disc()])
 
 
 def test_turned_photographs_are_measured_upright(tmp_path):
@@ -446,16 +445,16 @@ def test_turned_photographs_are_measured_upright(tmp_path):
     width, height = load_image(path).size
     assert (width, height) == (30, 40)
     found = parse_segmentations(f"{BOX}{SEGS} owl", width, height, Filled())
-    assert draw_segmentations(path, found).size == (30, 40)
+    assert draw_objects(path, found).size == (30, 40)
     wrong = parse_segmentations(f"{BOX}{SEGS} owl", 40, 30, Filled())
     with pytest.raises(ValueError, match="own width and height"):
-        draw_segmentations(path, wrong)
+        draw_objects(path, wrong)
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
 def test_any_picture_can_be_drawn_on(mode):
     found = parse_segmentations(f"{BOX}{SEGS} owl", 40, 30, Filled())
-    drawn = draw_segmentations(Image.new(mode, (40, 30)), found)
+    drawn = draw_objects(Image.new(mode, (40, 30)), found)
     assert (drawn.mode, drawn.size) == ("RGB", (40, 30))
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from vlm import load_hf_model
-from vlm.answers import draw_answer, parse_answer
+from vlm.answers import parse_answer
+from vlm.detection import draw_objects
 from vlm.sampling import generate_tokens
 from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.segmentation import load_mask_decoder
@@ -59,7 +60,7 @@ def main() -> None:
         inputs = processor([prompt], [picture])
         (answer,) = generate_tokens(model, tokenizer, inputs, max_new_tokens=64)
         found = parse_answer(prompt, answer, picture.size, decoder)
-        picture = draw_answer(picture, found)
+        picture = draw_objects(picture, found or ())
         left = MARGIN + number * (SIDE + MARGIN)
         cover.paste(picture, (left, MARGIN))
         lines = [(prompt, PROMPT_COLOR)]

@@ -4,7 +4,6 @@ Built in notebooks/30_inference.ipynb: edit it there, then run `make export`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,14 @@ from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
 from .cli import print_err, printable
-from .detection import ParsedObjects, draw_detections, parse_detections
+from .detection import ParsedObjects, draw_objects, parse_detections
 from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .sampling import Generation, GenerationConfig, generation_steps
-from .segmentation import draw_segmentations, parse_segmentations
+from .segmentation import parse_segmentations
 
-__all__ = [
-    "answer_steps", "parse_answer", "draw_answer", "format_table", "answer_warnings",
-    "print_answers",
-]  # fmt: skip
-
-
-def answer_steps(
-    model: PaliGemmaForConditionalGeneration,
-    processor: PaliGemmaProcessor,
-    prompt: str,
-    images: Sequence[Image.Image],
-    settings: GenerationConfig,
-) -> Iterator[list[Generation]]:
-    """Yield the answers, one for each image, after every token: they grow.
-
-    Raises ValueError, before the first token, where an answer may not fit.
-    """
-    inputs = processor(text=[prompt] * len(images), images=images)
-    yield from generation_steps(model, processor.tokenizer, inputs, settings)
+__all__ = ["parse_answer", "format_table", "answer_warnings", "print_answers"]
 
 
 def parse_answer(
@@ -56,12 +37,6 @@ def parse_answer(
     if task == "segment":
         return parse_segmentations(answer, *size, decoder)
     return parse_detections(answer, *size) if task == "detect" else None
-
-
-def draw_answer(image: Image.Image, found: ParsedObjects | None) -> Image.Image:
-    """A copy of the image, with the boxes and masks of what was found."""
-    has_masks = any(hasattr(one, "mask") for one in found or ())
-    return (draw_segmentations if has_masks else draw_detections)(image, found or ())
 
 
 def format_table(found: ParsedObjects) -> str:
@@ -126,7 +101,8 @@ def print_answers(
     `style`: "stream" prints the one answer as it is made, "text" each complete answer
     after its file, "json" an object a line. `outputs`: where to draw, by file.
     """
-    for answers in answer_steps(model, processor, prompt, [*images.values()], settings):
+    inputs = processor(text=[prompt] * len(images), images=[*images.values()])
+    for answers in generation_steps(model, processor.tokenizer, inputs, settings):
         if style == "stream":
             print(answers[0].pieces[-1], end="", flush=True)
     for (file, image), answer in zip(images.items(), answers):
@@ -144,7 +120,7 @@ def print_answers(
         with tqdm.external_write_mode():  # above the bar, if there is one
             print(text, flush=True)
         if outputs:
-            draw_answer(image, found).save(outputs[file])
+            draw_objects(image, found or ()).save(outputs[file])
         if outputs and style == "stream":
             empty = "" if found else ", without a box"
             warnings.append(f"wrote {outputs[file]}{empty}")

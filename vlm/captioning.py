@@ -6,7 +6,6 @@ Built in notebooks/26_captioning.ipynb: edit it there, then run `make export`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -30,17 +29,6 @@ class AttentionMaps:
     pieces: list[str]  # the tokens as text; one that adds no text by name: `<eos>`
     probabilities: list[float]
     attention: Float[Tensor, "T side side"]
-
-    @property
-    def text(self) -> str:
-        """The tokens, joined."""
-        return "".join(self.pieces)
-
-
-def name_tokens(tokenizer: Any, token_ids: Sequence[int]) -> list[str]:
-    """The text that each token adds; a token that adds none by its name, `<eos>`."""
-    decoder = IncrementalDetokenizer(tokenizer)
-    return [decoder.add(i) or tokenizer.convert_ids_to_tokens(i) for i in token_ids]
 
 
 @torch.no_grad()
@@ -81,7 +69,6 @@ def attention_maps(
     prompt: str,
     image: ImageLike,
     answer: str | Generation | None = None,
-    max_new_tokens: int = 100,
 ) -> AttentionMaps:
     """What each token of `answer` (None: the model's own, greedy) attends to.
 
@@ -89,11 +76,9 @@ def attention_maps(
     is taken as taught, with EOS at its end. Raises ValueError for an empty answer,
     TypeError for one of another type.
     """
-    inputs = processor(text=[prompt], images=[image])
+    inputs, tokenizer = processor(text=[prompt], images=[image]), processor.tokenizer
     if answer is None:
-        (answer,) = generate_tokens(
-            model, processor.tokenizer, inputs, max_new_tokens=max_new_tokens
-        )
+        (answer,) = generate_tokens(model, tokenizer, inputs)
     if not isinstance(answer, str | Generation):
         raise TypeError(f"give one answer, not a {type(answer).__name__}")
     is_text = isinstance(answer, str)
@@ -101,9 +86,7 @@ def attention_maps(
     weights, probabilities = image_attention(model, inputs, token_ids)
     weights = weights[len(weights) // 2 :].mean(dim=(0, 1))  # → [T, N]
     side = isqrt(processor.num_image_tokens)
-    return AttentionMaps(
-        prompt,
-        name_tokens(processor.tokenizer, token_ids),
-        probabilities.tolist(),
-        weights.unflatten(1, (side, side)),  # [T, side, side]
-    )
+    maps = weights.unflatten(1, (side, side))  # [T, side, side]
+    text = IncrementalDetokenizer(tokenizer)
+    pieces = [text.add(i) or tokenizer.convert_ids_to_tokens(i) for i in token_ids]
+    return AttentionMaps(prompt, pieces, probabilities.tolist(), maps)

@@ -4,20 +4,19 @@ Built in notebooks/27_detection.ipynb: edit it there, then run `make export`.
 """
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import exp, log
+from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from .images import ImageLike, load_image
 from .processing import Box, check_size, locs_to_box, segs_to_codes
 from .sampling import Generation
 
-__all__ = [
-    "COLORS", "Detection", "ParsedObjects", "parse_objects", "parse_detections",
-    "draw_detections",
-]  # fmt: skip
+__all__ = ["ParsedObjects", "parse_detections", "draw_objects"]
 
 # Okabe and Ito's palette: told apart by color-blind eyes too.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
@@ -26,37 +25,28 @@ PALE_COLORS = ("#E69F00", "#56B4E9", "#F0E442")  # black letters on these
 
 @dataclass(frozen=True)
 class Detection:
-    """An object: label, box (x0, y0, x1, y1) in the image's pixels, score in 0…1."""
+    """An object: label, box (x0, y0, x1, y1) in the image's pixels, score in 0…1.
+
+    `codes`: those of its mask, where the answer has seg tokens; pixels in chapter 29.
+    """
 
     label: str
     box: Box
     score: float = 1.0
+    codes: Sequence[int] | None = field(default=None, repr=False, compare=False)
 
 
 class ParsedObjects(list):
-    """The valid objects of an answer, each once.
+    """The valid objects of an answer, each once; what was left out is counted."""
 
-    What was left out is counted: `invalid` objects, and those that were `repeated`,
-    the same tokens and the same label once more.
-    """
-
-    def __init__(self, objects: Iterable = (), invalid: int = 0, repeated: int = 0):
-        super().__init__(objects)
-        self.invalid = invalid
-        self.repeated = repeated
+    invalid = 0  # objects that aren't valid
+    repeated = 0  # the same tokens and the same label once more
 
 
-_OBJECT = re.compile(r"\s*((?:<loc\d{4}>)*)((?:<seg\d{3}>)*)\s*(.*?)\s*$", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class ObjectText:
-    """One object as it was written: its tokens, its label, and their score."""
-
-    locs: str
-    segs: str
-    label: str
-    score: float
+# Loc tokens, seg tokens, label: no space around them, and a semicolon ends them.
+_OBJECT = re.compile(
+    r"(?=[^;\s])((?:<loc\d{4}>)*)((?:<seg\d{3}>)*)\s*([^;]*?)\s*(?=;|\Z)"
+)
 
 
 def _score(answer: str | Generation, start: int, end: int) -> float:
@@ -68,48 +58,7 @@ def _score(answer: str | Generation, start: int, end: int) -> float:
         if piece and place < end and place + len(piece) > start:
             logs.append(log(max(probability, 1e-12)))
         place += len(piece)
-    return exp(sum(logs) / len(logs)) if logs else 1.0
-
-
-def split_objects(answer: str | Generation) -> list[ObjectText]:
-    """The parts of an answer between the semicolons; an empty answer has none.
-
-    Raises TypeError for anything but one answer, a string or a Generation.
-    """
-    if not isinstance(answer, (str, Generation)):
-        raise TypeError(
-            f"give one answer, a string or a Generation, not {type(answer).__name__}"
-        )
-    text = answer if isinstance(answer, str) else answer.text
-    objects = []
-    for part in re.finditer(r"[^;]+", text):
-        if part.group().strip():
-            match = _OBJECT.match(part.group())
-            # Separators and spaces around the object don't count for its score.
-            start, end = part.start() + match.start(1), part.start() + match.end(3)
-            objects.append(ObjectText(*match.groups(), _score(answer, start, end)))
-    return objects
-
-
-def parse_objects(
-    answer: str | Generation, width: float, height: float, needs_mask: bool = False
-) -> ParsedObjects:
-    """The valid objects: (ObjectText, box in pixels, mask codes or None) each.
-
-    `needs_mask`: an object without seg tokens isn't valid. Errors: `parse_detections`.
-    """
-    check_size(width, height)
-    objects, valid, invalid = split_objects(answer), {}, 0
-    for one in objects:
-        box, codes = locs_to_box(one.locs, width, height), segs_to_codes(one.segs)
-        has_valid_segs = codes is not None or not (one.segs or needs_mask)
-        has_label = one.label and not re.search(r"<(loc|seg)\d+>", one.label)
-        if box is not None and has_valid_segs and has_label:
-            tokens = one.locs, one.segs, one.label  # the same for an exact repeat
-            valid.setdefault(tokens, (one, box, codes))
-        else:
-            invalid += 1
-    return ParsedObjects(valid.values(), invalid, len(objects) - invalid - len(valid))
+    return exp(sum(logs) / len(logs))
 
 
 def parse_detections(
@@ -126,33 +75,69 @@ def parse_detections(
     counted in `.repeated`. Answers to `segment …` parse too: their boxes count here.
     Raises TypeError for a wrong type of answer, ValueError for a size that isn't one.
     """
-    valid = parse_objects(text, width, height)
-    detections = [Detection(one.label, box, one.score) for one, box, _ in valid]
-    return ParsedObjects(detections, valid.invalid, valid.repeated)
+    if not isinstance(text, str | Generation):
+        kind = type(text).__name__
+        raise TypeError(f"give one answer, a string or a Generation, not {kind}")
+    check_size(width, height)
+    found, seen = ParsedObjects(), set()
+    for match in _OBJECT.finditer(text if isinstance(text, str) else text.text):
+        locs, segs, label = tokens = match.groups()
+        box, codes = locs_to_box(locs, width, height), segs_to_codes(segs)
+        has_valid_segs = codes is not None or not segs
+        has_label = label and not re.search(r"<(loc|seg)\d+>", label)
+        if box is None or not has_valid_segs or not has_label:
+            found.invalid += 1
+        elif tokens in seen:
+            found.repeated += 1
+        else:
+            seen.add(tokens)
+            score = _score(text, match.start(), match.end(3))
+            found.append(Detection(label, box, score, codes))
+    return found
 
 
-def draw_detections(image: ImageLike, detections: Sequence[Detection]) -> Image.Image:
-    """A copy of the image, upright and in RGB, with a box and a label for each object.
+def _paint_mask(image: Image.Image, one: Any, color: str, unit: int) -> None:
+    "Tint the mask's pixels of the image, and draw its outline, `unit` pixels wide."
+    if one.mask.shape != (image.height, image.width):
+        wide, high = one.mask.shape[::-1]
+        raise ValueError(
+            f"the mask of {one.label!r} is {wide} × {high}, the image {image.width} × "
+            f"{image.height}: parse the answer with its own width and height"
+        )
+    inside = Image.fromarray(one.mask.astype(np.uint8) * 255)  # [H, W]
+    # Blurred, a mask is full only where nothing but mask is near.
+    near = np.asarray(inside.filter(ImageFilter.BoxBlur(unit)))
+    edge = Image.fromarray((one.mask & (near < 255)).astype(np.uint8) * 255)
+    image.paste(color, mask=inside.point(lambda value: value * 2 // 5))
+    image.paste(color, mask=edge)
 
-    Objects with the same label get the same color.
+
+def draw_objects(image: ImageLike, objects: Sequence[Any]) -> Image.Image:
+    """A copy of the image, upright and in RGB: boxes with labels, and masks, if any.
+
+    Objects with the same label get the same color. Raises ValueError for a mask of
+    another size than the image's.
     """
     image = load_image(image)
-    draw = ImageDraw.Draw(image)
     unit = max(1, round(min(image.size) / 160))
     font = ImageFont.load_default(size=max(10, 7 * unit))
-    labels = list(dict.fromkeys(d.label for d in detections))
-    for detection in detections:
-        color = COLORS[labels.index(detection.label) % len(COLORS)]
-        x0, y0, x1, y1 = detection.box
+    labels = list(dict.fromkeys(one.label for one in objects))
+    colors = [COLORS[labels.index(one.label) % len(COLORS)] for one in objects]
+    for one, color in zip(objects, colors):
+        if hasattr(one, "mask"):
+            _paint_mask(image, one, color, unit)
+    draw = ImageDraw.Draw(image)
+    for one, color in zip(objects, colors):
+        x0, y0, x1, y1 = one.box
         # A box ends where the next pixel begins; its last pixel is the one before.
         corner = (max(x1 - 1, x0), max(y1 - 1, y0))
         draw.rectangle((x0, y0, *corner), outline=color, width=2 * unit)
-        left, top, right, bottom = draw.textbbox((0, 0), detection.label, font=font)
+        left, top, right, bottom = draw.textbbox((0, 0), one.label, font=font)
         wide, tall = right - left + 4 * unit, bottom - top + 4 * unit
         x = min(max(x0, 0), max(image.width - wide, 0))
         y = y0 - tall if y0 >= tall else min(y0, max(image.height - tall, 0))
         draw.rectangle((x, y, x + wide, y + tall), fill=color)
         ink = "black" if color in PALE_COLORS else "white"
         place = (x + 2 * unit - left, y + 2 * unit - top)
-        draw.text(place, detection.label, fill=ink, font=font)
+        draw.text(place, one.label, fill=ink, font=font)
     return image

@@ -7,6 +7,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from statistics import mode
 from typing import Any
 
 from PIL import Image
@@ -94,10 +95,8 @@ def _ask_model(
 
 def _majority_baseline(questions: Sequence[Question]) -> _Answerer:
     """One that never looks: each task's most common right answer, always."""
-    counts = {question.task: Counter() for question in questions}
-    for question in questions:
-        counts[question.task][question.answer] += 1
-    common = {task: answers.most_common(1)[0][0] for task, answers in counts.items()}
+    tasks = {question.task for question in questions}
+    common = {t: mode(q.answer for q in questions if q.task == t) for t in tasks}
     return lambda _, asked: [Generation([0], [1.0], [common[q.task]]) for q in asked]
 
 

@@ -8,6 +8,7 @@ import glob
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from .cli import OneLineParser, print_err, run_main
-from .prompts import check_decoder, check_prompt, prompt_warnings
 
 if TYPE_CHECKING:  # importing torch takes seconds: --help and typos don't wait for it
     import torch
@@ -25,6 +25,43 @@ if TYPE_CHECKING:  # importing torch takes seconds: --help and typos don't wait 
     from .paligemma import PaliGemmaForConditionalGeneration
     from .processing import PaliGemmaProcessor
     from .sampling import GenerationConfig
+
+__all__ = ["check_prompt"]
+
+# First words of the prompts; the last four are known to `pt` checkpoints only.
+TASKS = ("caption", "answer", "detect", "segment", "cap", "describe", "ocr", "question")
+# Second words of `caption` and `answer`: the languages of Crossmodal-3600.
+LANGUAGES = """ar bn cs da de el en es fa fi fil fr he hi hr hu id it iw ja ko mi nl no
+pl pt quz ro ru sv sw te th tr uk vi zh""".split()
+
+
+def check_prompt(prompt: str, has_decoder: bool = True) -> tuple[str, list[str]]:
+    """(its first word, the task; warnings where PaliGemma may not take it as meant).
+
+    Raises ValueError where it asks nothing, and for `segment …` without a mask decoder.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt must be a string, not {type(prompt).__name__}")
+    task, *words = prompt.split() or [""]
+    rest, meant = " ".join(words), task.rstrip(":").lower()
+    names = [name for name in re.split(r"\s*(?:[,;]|\band\b)\s*", rest) if name]
+    if not task:
+        raise ValueError('the prompt is empty: say what to ask, as in "caption en"')
+    if task in ("detect", "segment") and not names:
+        raise ValueError(f'{task} what? Name it, as in "{task} owl"')
+    if task == "segment" and not has_decoder:
+        raise ValueError("segment needs the mask decoder: see load_mask_decoder")
+    if task in ("detect", "segment") and len(names) > rest.count(";") + 1:
+        separated = f'"{task} {" ; ".join(names)}"'
+        return task, [f'only ";" separates names: write {separated}']
+    if task in ("caption", "answer") and not {*words[:1]} & {*LANGUAGES}:
+        asked = "" if task == "caption" else f" {rest or 'is it red?'}"
+        return task, [f'a language comes after {task}: "{task} en{asked}"']
+    hint = 'try "caption en", "detect owl" or "answer en is there an owl?"'
+    hint = f'write "{meant} {rest}"' if meant in TASKS else hint
+    unknown = f"{task!r} isn't a task that PaliGemma is trained on: {hint}"
+    return task, [] if task in TASKS else [unknown]
+
 
 USAGE = "python -m vlm.inference --prompt PROMPT --image_file_path IMAGE [options]"
 ABOUT = """
@@ -114,8 +151,8 @@ def drawing_paths(
         return {}
     output, usual = Path(output).expanduser(), (".png", ".jpg", ".jpeg")
     wanted = "file that ends in .png or .jpg" if single else "folder, for many drawings"
-    taken = [Path(file).expanduser() for file in images]
-    taken = taken if single else [path.parent for path in taken]
+    paths = [Path(file).expanduser() for file in images]
+    taken = paths if single else [path.parent for path in paths]
     if not output.parent.is_dir():
         raise FileNotFoundError(f"no folder {output.parent}: make it for --output")
     if (output.suffix.lower() in usual) != single:
@@ -125,8 +162,7 @@ def drawing_paths(
     if single:
         return {images[0]: output}
     output.mkdir(exist_ok=True)
-    names = [Path(file).name for file in images]
-    names = [n if n.lower().endswith(usual) else f"{n}.png" for n in names]
+    names = [p.name if p.suffix.lower() in usual else f"{p.name}.png" for p in paths]
     if len(set(names)) < len(names):
         raise ValueError(f"--output {output}: some images have one name, split them")
     return {file: output / name for file, name in zip(images, names)}
@@ -169,7 +205,7 @@ def test_inference(
     from .images import load_image
     from .processing import PaliGemmaProcessor
 
-    check_decoder(prompt, decoder)
+    _, warnings = check_prompt(prompt, has_decoder=callable(decoder))
     if not isinstance(processor, PaliGemmaProcessor):
         raise TypeError("processor must be what make_processor(model, tokenizer) makes")
     if not isinstance(do_sample, bool):
@@ -178,7 +214,7 @@ def test_inference(
     sampling = dict(do_sample=do_sample, temperature=temperature, top_k=top_k)
     settings = make_settings(max_tokens_to_generate, **sampling, top_p=top_p, seed=seed)
     outputs = drawing_paths(output, [image_file_path])
-    for line in prompt_warnings(prompt):
+    for line in warnings:
         print_err(line)
     parts, images = (model.to(device), processor, decoder), {image_file_path: image}
     return print_answers(*parts, prompt, images, settings, outputs)[0]
@@ -211,7 +247,7 @@ def load_parts(options: argparse.Namespace) -> tuple:
     from .weights import load_hf_model, make_processor
 
     decoder, device = None, "cpu" if options.only_cpu else "auto"
-    if check_prompt(options.prompt) == "segment":
+    if options.prompt.split()[0] == "segment":
         decoder = load_mask_decoder(options.model_path, options.mask_decoder)
     model, tokenizer = load_hf_model(options.model_path, device, options.dtype)
     return model, make_processor(model, tokenizer), decoder
@@ -220,7 +256,7 @@ def load_parts(options: argparse.Namespace) -> tuple:
 def run(options: argparse.Namespace) -> int:
     """Do what the flags ask, cheap checks first; returns the exit status."""
     prompt, words = options.prompt, options.image_file_path
-    task, files = check_prompt(prompt), find_images(words)
+    (task, warnings), files = check_prompt(prompt), find_images(words)
     single = len(words) == 1 and files == words
     outputs = drawing_paths(options.output, files, single)
     if options.batch_size < 1:
@@ -231,8 +267,8 @@ def run(options: argparse.Namespace) -> int:
     if options.do_sample and options.seed is None:  # PyTorch's is the same in each run
         sampling["seed"] = random.SystemRandom().randrange(2**32)
     settings = make_settings(options.max_tokens_to_generate, **sampling)
-    warnings, idle = prompt_warnings(prompt), [] if options.do_sample else given
-    warnings += [f"--{name} counts only with --do_sample True" for name in idle]
+    if not options.do_sample:
+        warnings += [f"--{name} counts only with --do_sample True" for name in given]
     if options.mask_decoder is not None and task != "segment":
         warnings.append('--mask_decoder counts only with a prompt like "segment owl"')
 

@@ -8,28 +8,25 @@ import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import not_
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ipywidgets as widgets
 from PIL import Image
 
-from .answers import (
-    answer_steps,
-    answer_warnings,
-    draw_answer,
-    format_table,
-    parse_answer,
-)
+from .answers import answer_warnings, format_table, parse_answer
 from .cli import user_message
+from .detection import draw_objects
 from .figures import playground as html
 from .hub import EMBEDDED
 from .images import ImageLike, load_image
+from .inference import check_prompt
 from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
-from .prompts import check_decoder, prompt_warnings
-from .sampling import Generation, GenerationConfig
+from .sampling import Generation, GenerationConfig, generation_steps
 from .scenes import ASSETS, VALIDATION_SEEDS, all_classes, make_scene
 from .segmentation import load_mask_decoder
 from .weights import describe_model, load_chosen_model, load_hf_model, make_processor
@@ -66,99 +63,93 @@ def read_image(image: ImageLike | bytes, name: str) -> Image.Image:
 
 
 HALF = {"flex": "1 1 20em", "padding": "0 1em 0 0"}  # side by side, if there is room
+# As GenerationConfig names them; those between the first and the last shape sampling.
+SETTINGS = ("do_sample", "temperature", "top_p", "top_k", "seed", "max_new_tokens")
 
 
-def field(kind: type[widgets.Widget], name: str, **settings: Any) -> widgets.Widget:
-    """A widget with its name on its left."""
-    look = dict(style={"description_width": "7em"}, layout={"width": "auto"})
-    return kind(description=name, **look, **settings)
+def make_controls() -> SimpleNamespace:
+    """The widgets that say what is asked, and how, by name; `box` holds them all."""
 
+    def field(kind: type[widgets.Widget], name: str, **settings: Any) -> widgets.Widget:
+        look = dict(style={"description_width": "7em"}, layout={"width": "auto"})
+        return kind(description=name, **look, **settings)
 
-class Controls:
-    """The left half of the playground: what is asked, and how."""
-
-    def __init__(self, shipped: Sequence[str]):
-        button, number = widgets.Button, widgets.BoundedIntText
-        part, most = dict(min=0.05, max=1.0, step=0.05), dict(min=1, max=300)
-        typed = dict(continuous_update=False)  # not at each letter
-        typed["placeholder"] = "for a file of more than 10 MB"  # Jupyter's limit
-        self.shipped = field(widgets.Dropdown, "picture", options=shipped)
-        self.new_scene = button(description="New scene", icon="random")
-        self.upload = widgets.FileUpload(description="Your picture", accept="image/*")
-        self.path = field(widgets.Text, "or its path", **typed)
-        self.examples = field(widgets.Dropdown, "examples")
-        self.prompt = field(widgets.Text, "prompt", value="caption en")
-        self.do_sample = field(widgets.Checkbox, "sample")
-        self.temperature = field(widgets.FloatSlider, "temperature", value=0.8, max=2.0)
-        self.top_p = field(widgets.FloatSlider, "top_p", value=0.9, **part)
-        self.top_k = field(number, "top_k (0: all)", max=10**6)
-        self.seed = field(number, "seed", max=2**31 - 1)
-        self.max_tokens = field(widgets.IntSlider, "max tokens", value=150, **most)
-        self.run = button(description="Run", icon="play", button_style="primary")
-        self.stop = button(description="Stop", icon="stop", disabled=True)
-        sampling = [self.temperature, self.top_p, self.top_k, self.seed]
-        for widget in sampling:
-            switch = (self.do_sample, "value"), (widget, "disabled")
-            widgets.dlink(*switch, lambda on: not on)
-        self.fields = [self.prompt, self.do_sample, *sampling, self.max_tokens]
-        own, act = [self.new_scene, self.upload], [self.run, self.stop]
-        rows = [self.shipped, widgets.HBox(own), self.path, self.examples, *self.fields]
-        self.box = widgets.VBox([*rows, widgets.HBox(act)], layout=HALF)
-
-    def settings(self) -> GenerationConfig:
-        """What the checkbox and the sliders say."""
-        names = ("do_sample", "temperature", "top_p", "seed")
-        values = {name: getattr(self, name).value for name in names}
-        limit, top_k = self.max_tokens.value, self.top_k.value or None
-        return GenerationConfig(max_new_tokens=limit, top_k=top_k, **values)
-
-    def describe(self) -> str:
-        """What the fields say, a line each; those that are switched off don't count."""
-        on = [widget for widget in self.fields if not widget.disabled]
-        return "\n".join(f"{widget.description:24}{widget.value}" for widget in on)
-
-    def set_busy(self, busy: bool) -> None:
-        """While an answer is made only Stop acts, at other times all but Stop."""
-        for widget in (self.shipped, self.new_scene, self.upload, self.path, self.run):
-            widget.disabled = busy
-        self.stop.disabled = not busy
+    button, number, slider = widgets.Button, widgets.BoundedIntText, widgets.FloatSlider
+    part, most = dict(min=0.05, max=1.0, step=0.05), dict(min=1, max=300)
+    typed = dict(continuous_update=False)  # not at each letter
+    typed["placeholder"] = "for a file of more than 10 MB"  # Jupyter's limit
+    controls = SimpleNamespace(
+        shipped=field(widgets.Dropdown, "picture", options=[*shipped_images().items()]),
+        new_scene=button(description="New scene", icon="random"),
+        upload=widgets.FileUpload(description="Your picture", accept="image/*"),
+        path=field(widgets.Text, "or its path", **typed),
+        examples=field(widgets.Dropdown, "examples"),
+        prompt=field(widgets.Text, "prompt", value="caption en"),
+        do_sample=field(widgets.Checkbox, "sample"),
+        temperature=field(slider, "temperature", value=0.8, max=2.0),
+        top_p=field(slider, "top_p", value=0.9, **part),
+        top_k=field(number, "top_k (0: all)", max=10**6),
+        seed=field(number, "seed", max=2**31 - 1),
+        max_new_tokens=field(widgets.IntSlider, "max tokens", value=150, **most),
+        run=button(description="Run", icon="play", button_style="primary"),
+        stop=button(description="Stop", icon="stop", disabled=True),
+    )
+    fields = [vars(controls)[name] for name in ("prompt", *SETTINGS)]
+    own, act = [controls.new_scene, controls.upload], [controls.run, controls.stop]
+    rows = [controls.shipped, widgets.HBox(own), controls.path, controls.examples]
+    controls.box = widgets.VBox([*rows, *fields, widgets.HBox(act)], layout=HALF)
+    for widget in fields[2:-1]:  # they shape sampling
+        widgets.dlink((controls.do_sample, "value"), (widget, "disabled"), not_)
+    for widget in (controls.shipped, *own, controls.path, controls.run):
+        widgets.dlink((controls.stop, "disabled"), (widget, "disabled"), not_)
+    return controls
 
 
 OUT_OF_MEMORY = "allow fewer tokens, or restart the kernel and load a smaller model"
 
 
-class OutputPanel:
-    """The right half of the playground: a line, the image, the answer."""
-
-    def __init__(self, about: str):
-        outputs = [widgets.HTML() for _ in range(5)]
-        style, self.line, self.view, self.text, self.about = outputs
-        style.value, self.about.value = html.style(), html.line(about)
-        self.box = widgets.VBox(outputs, layout=HALF)
-
-    def open(self, image: ImageLike | bytes, name: str) -> None:
-        """Show another image; after an error there is none, not the last one."""
-        self.image = None
-        self.line.value = self.view.value = self.text.value = ""
-        self.image = read_image(image, name)  # in its own size, upright
-        self.name = f"{name}, {self.image.width} × {self.image.height} pixels"
-        self.line.value = html.line(self.name)
-        self.view.value = html.picture(self.image, self.name)
-
-    @contextmanager
-    def report_errors(self) -> Iterator[None]:
-        """An error that the user can fix becomes a line."""
-        try:
-            yield
-        except Exception as error:
-            message = user_message(error, OUT_OF_MEMORY)
-            shown = message or f"a bug in the program: {error!r}"
-            self.line.value = html.line(shown, error=True)
-            if message is None:
-                raise
+@contextmanager
+def report_errors(line: widgets.HTML) -> Iterator[None]:
+    """An error that the user can fix becomes a line."""
+    try:
+        yield
+    except Exception as error:
+        message = user_message(error, OUT_OF_MEMORY)
+        shown = message or f"a bug in the program: {error!r}"
+        line.value = html.line(shown, error=True)
+        if message is None:
+            raise
 
 
-def bind_events(playground: "Playground", shipped: dict[str, Path]) -> None:
+def show_answer(play: "Playground", prompt: str) -> None:
+    """Make an answer and show it, token by token, until its end or Stop."""
+    image, tokenizer, output = play.image, play.processor.tokenizer, play.output
+    eos = tokenizer.eos_token_id
+    values = {name: vars(play.controls)[name].value for name in SETTINGS}
+    settings = GenerationConfig(**values | {"top_k": values["top_k"] or None})
+    _, lines = check_prompt(prompt, has_decoder=play.decoder is not None)
+    if image is None:
+        raise ValueError("there is no picture: choose one, or take yours")
+    output.view.value = html.picture(image, play.name)
+    output.line.value = html.line("reading the picture and the prompt …")
+    inputs = play.processor(text=[prompt], images=[image])
+    for (answer,) in generation_steps(play.model, tokenizer, inputs, settings):
+        output.text.value = html.answer(answer, eos)
+        if play.stopped.is_set():
+            break
+    found = parse_answer(prompt, answer, image.size, play.decoder)
+    if found is not None:
+        play.drawing = draw_objects(image, found)
+        output.view.value = html.picture(play.drawing, play.name, found)
+        output.text.value = html.answer(answer, eos, format_table(found))
+    lines = answer_warnings(answer, eos) + lines
+    if play.stopped.is_set():
+        lines = [f"stopped after {len(answer.token_ids)} tokens"]
+    output.line.value = html.line("; ".join([play.name, *lines]))
+    play.answer, play.found = answer, found
+
+
+def bind_events(playground: "Playground") -> None:
     """Say which widget does what."""
     controls = playground.controls
 
@@ -178,10 +169,10 @@ def bind_events(playground: "Playground", shipped: dict[str, Path]) -> None:
 
     def start(_: widgets.Button) -> None:
         if not controls.run.disabled:
-            controls.set_busy(True)
+            controls.stop.disabled = False
             threading.Thread(target=playground.run, daemon=True).start()
 
-    on_value(controls.shipped, lambda name: playground.open(shipped[name], name))
+    on_value(controls.shipped, lambda p: playground.open(p, controls.shipped.label))
     on_value(controls.upload, take_upload)
     on_value(controls.path, take_path)
     on_value(controls.examples, take_example)
@@ -195,7 +186,7 @@ class Playground:
 
     `decoder`: for `segment …`. `about`: who answers. It works from Python too: set
     values in `controls`, call `open`, `new_scene` or `run`, read `answer`, `found` and
-    `drawing` (the image in its own size, with what was found). An error that the user
+    `drawing` (`image`, in its own size, with what was found). An error that the user
     can fix becomes a line in the widgets, never an exception.
     """
 
@@ -207,12 +198,16 @@ class Playground:
         about: str = "",
     ):
         self.model, self.processor, self.decoder = model, processor, decoder
-        self.stopped, shipped = threading.Event(), shipped_images()
-        self.controls, self.output = Controls([*shipped]), OutputPanel(about)
-        bind_events(self, shipped)
-        halves, wrap = [self.controls.box, self.output.box], {"flex_flow": "row wrap"}
+        self.stopped, self.controls = threading.Event(), make_controls()
+        names = ("style", "line", "view", "text", "about")
+        self.output = SimpleNamespace(**{name: widgets.HTML() for name in names})
+        self.output.style.value = html.style()
+        self.output.about.value = html.line(about)
+        right = widgets.VBox([*vars(self.output).values()], layout=HALF)
+        halves, wrap = [self.controls.box, right], {"flex_flow": "row wrap"}
         self.box = widgets.Box(halves, layout=wrap)
-        self.open(shipped["the book's scene"], "the book's scene")
+        bind_events(self)
+        self.open(self.controls.shipped.value, self.controls.shipped.label)
 
     def open(
         self, image: ImageLike | bytes, name: str = "", kinds: Sequence[str] = ()
@@ -221,17 +216,22 @@ class Playground:
 
         `kinds`: the kinds of sticker in it, if known; the examples are about them.
         """
-        self.answer = self.found = self.drawing = None
-        if name not in self.controls.shipped.options:
+        output, name = self.output, name or "your picture"
+        self.image = self.answer = self.found = self.drawing = None
+        output.line.value = output.view.value = output.text.value = ""
+        if name != self.controls.shipped.label:
             self.controls.shipped.index = None
         prompts = example_prompts(kinds or ("owl", "elephant"))  # of the book's scene
         self.controls.examples.options = [("choose one", ""), *zip(prompts, prompts)]
-        with self.output.report_errors():
-            self.output.open(image, name or "your picture")
+        with report_errors(self.output.line):
+            self.image = read_image(image, name)
+            self.name = f"{name}, {self.image.width} × {self.image.height} pixels"
+            output.line.value = html.line(self.name)
+            output.view.value = html.picture(self.image, self.name)
 
-    def new_scene(self, seed: int | None = None) -> None:
+    def new_scene(self) -> None:
         """Ask about a scene that training never saw."""
-        seed = random.choice(VALIDATION_SEEDS) if seed is None else seed
+        seed = random.choice(VALIDATION_SEEDS)
         scene = make_scene(seed, html.PREVIEW)
         self.open(scene.image, f"validation scene {seed}", list(scene.counts))
 
@@ -239,43 +239,21 @@ class Playground:
         """Ask, until the end or Stop; returns the answer, or None after an error."""
         self.answer = self.found = self.drawing = None
         self.stopped.clear()
-        self.controls.set_busy(True)
+        self.controls.stop.disabled = False
         try:
-            with self.output.report_errors():
-                self._ask(self.controls.prompt.value.strip())
+            with report_errors(self.output.line):
+                show_answer(self, self.controls.prompt.value.strip())
         finally:
-            self.controls.set_busy(False)
+            self.controls.stop.disabled = True
         return self.answer
-
-    def _ask(self, prompt: str) -> None:
-        output, image = self.output, self.output.image
-        eos = self.processor.tokenizer.eos_token_id
-        check_decoder(prompt, self.decoder)
-        if image is None:
-            raise ValueError("there is no picture: choose one, or take yours")
-        output.view.value = html.picture(image, output.name)
-        output.line.value = html.line("reading the picture and the prompt …")
-        asked = (self.model, self.processor, prompt, [image], self.controls.settings())
-        for (answer,) in answer_steps(*asked):
-            output.text.value = html.answer(answer, eos)
-            if self.stopped.is_set():
-                break
-        found = parse_answer(prompt, answer, image.size, self.decoder)
-        if found is not None:
-            self.drawing = draw_answer(image, found)
-            output.view.value = html.picture(self.drawing, output.name, found)
-            output.text.value = html.answer(answer, eos, format_table(found))
-        lines = answer_warnings(answer, eos) + prompt_warnings(prompt)
-        if self.stopped.is_set():
-            lines = [f"stopped after {len(answer.token_ids)} tokens"]
-        output.line.value = html.line("; ".join([output.name, *lines]))
-        self.answer, self.found = answer, found
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         "The widgets; and for where no kernel runs, a picture of them that says so."
+        fields = [vars(self.controls)[name] for name in ("prompt", *SETTINGS)]
+        on = [f"{one.description:24}{one.value}" for one in fields if not one.disabled]
         shown = self.output.line.value + self.output.view.value
         said = self.output.text.value + self.output.about.value
-        static = html.static_page(shown, self.controls.describe(), said)
+        static = html.static_page(shown, "\n".join(on), said)
         return self.box._repr_mimebundle_(**kwargs) | {"text/html": static}
 
 

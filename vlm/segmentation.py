@@ -4,7 +4,6 @@ Built in notebooks/29_segmentation.ipynb: edit it there, then run `make export`.
 """
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import floor
 from numbers import Integral
@@ -13,20 +12,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, ImageFilter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .detection import COLORS, Detection, ParsedObjects, draw_detections, parse_objects
+from .detection import ParsedObjects, parse_detections
 from .hub import ADAPTER_CONFIG, adapter_base, find_checkpoint
-from .images import ImageLike, load_image
 from .mask_tokens import DECODER_FILE, MaskDecoder
 from .processing import Box
 from .sampling import Generation
 
-__all__ = [
-    "Segmentation", "parse_segmentations", "draw_segmentations", "load_mask_decoder",
-]  # fmt: skip
+__all__ = ["Segmentation", "parse_segmentations", "load_mask_decoder"]
 
 # The decoder of Google's checkpoints: its name, size and fingerprint.
 GOOGLE_DECODER = "vae-oid.npz"
@@ -96,56 +91,18 @@ def parse_segmentations(
         raise ValueError(f"width and height are whole numbers, not {width}, {height}")
     if not isinstance(decoder, nn.Module):
         raise TypeError(f"decoder={decoder!r}: give what load_mask_decoder returns")
-    valid = parse_objects(text, width, height, needs_mask=True)
-    if not valid:
-        return valid
-    codes = torch.tensor([codes for _, _, codes in valid])  # [n, 16]
-    device = next(decoder.parameters()).device
-    values = decoder(codes.to(device))[:, 0]  # [n, 64, 64]
-    segmentations = [
-        Segmentation(one.label, box, paste_mask(square, box, width, height), one.score)
-        for (one, box, _), square in zip(valid, values)
-    ]
-    return ParsedObjects(segmentations, valid.invalid, valid.repeated)
-
-
-def draw_segmentations(
-    image: ImageLike, segmentations: Sequence[Segmentation]
-) -> Image.Image:
-    """A copy of the image, upright and in RGB, with masks, boxes and labels on it.
-
-    A mask is a tint with a solid outline, in the color that `draw_detections` gives the
-    label. Raises ValueError for a mask of another size than the image's.
-    """
-    image = load_image(image)
-    unit = max(1, round(min(image.size) / 160))
-    labels = list(dict.fromkeys(s.label for s in segmentations))
-    for one in segmentations:
-        if one.mask.shape != (image.height, image.width):
-            wide, high = one.mask.shape[::-1]
-            raise ValueError(
-                f"the mask of {one.label!r} is {wide} × {high}, the image "
-                f"{image.width} × {image.height}: parse the answer with its own width "
-                "and height"
-            )
-        color = COLORS[labels.index(one.label) % len(COLORS)]
-        inside = Image.fromarray(one.mask.astype(np.uint8) * 255)  # [H, W]
-        # Blurred, a mask is full only where nothing but mask is near.
-        near = np.asarray(inside.filter(ImageFilter.BoxBlur(unit)))
-        edge = Image.fromarray((one.mask & (near < 255)).astype(np.uint8) * 255)
-        image.paste(color, mask=inside.point(lambda value: value * 2 // 5))
-        image.paste(color, mask=edge)
-    boxes = [Detection(s.label, s.box, s.score) for s in segmentations]
-    return draw_detections(image, boxes)
-
-
-def _decoder_in(folder: Path) -> MaskDecoder | None:
-    "The decoder that lies in a folder, ours or Google's; None where there is none."
-    if (folder / DECODER_FILE).is_file():
-        return MaskDecoder.from_pretrained(folder)
-    if (folder / GOOGLE_DECODER).is_file():
-        return MaskDecoder.from_npz(folder / GOOGLE_DECODER, GOOGLE_SHA256)
-    return None
+    found = parse_detections(text, width, height)
+    valid = [one for one in found if one.codes is not None]
+    found.invalid += len(found) - len(valid)
+    found.clear()
+    if valid:
+        codes = torch.tensor([one.codes for one in valid])  # [n, 16]
+        device = next(decoder.parameters()).device
+        values = decoder(codes.to(device))[:, 0]  # [n, 64, 64]
+        for one, square in zip(valid, values):
+            mask = paste_mask(square, one.box, width, height)
+            found.append(Segmentation(one.label, one.box, mask, one.score))
+    return found
 
 
 def load_mask_decoder(
@@ -160,21 +117,22 @@ def load_mask_decoder(
     codes mean nothing to it. Raises FileNotFoundError where `path` holds none, and
     ValueError for a checkpoint without one: it says which file to give.
     """
-    if path is not None:
+    if path is None:
+        # Of a checkpoint on the hub nothing else is fetched: it may hold gigabytes.
+        files = (DECODER_FILE, GOOGLE_DECODER, ADAPTER_CONFIG)
+        folder = find_checkpoint(model_path, only=files)
+    else:
         path = Path(path).expanduser()
         if path.suffix == ".npz":
             return MaskDecoder.from_npz(path)
         folder = path.parent if path.name == DECODER_FILE else path
-        if (decoder := _decoder_in(folder)) is None:
-            raise FileNotFoundError(
-                f"neither {DECODER_FILE} nor {GOOGLE_DECODER} is in {folder}"
-            )
-        return decoder
-    # Of a checkpoint on the hub nothing else is fetched: it may hold gigabytes.
-    files = (DECODER_FILE, GOOGLE_DECODER, ADAPTER_CONFIG)
-    folder = find_checkpoint(model_path, only=files)
-    if (decoder := _decoder_in(folder)) is not None:
-        return decoder
+    if (folder / DECODER_FILE).is_file():
+        return MaskDecoder.from_pretrained(folder)
+    if (folder / GOOGLE_DECODER).is_file():
+        return MaskDecoder.from_npz(folder / GOOGLE_DECODER, GOOGLE_SHA256)
+    if path is not None:
+        files = f"neither {DECODER_FILE} nor {GOOGLE_DECODER}"
+        raise FileNotFoundError(f"{files} is in {folder}")
     if (base := adapter_base(folder)) is not None:
         return load_mask_decoder(base)
     raise ValueError(

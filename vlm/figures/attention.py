@@ -175,7 +175,8 @@ def attention_over_picture(image: ImageLike, maps: AttentionMaps) -> HTML:
 
     wide = round(SIDE * image.width / max(image.size))
     box = f'viewBox="0 0 {width} {height}"'
-    label = f"Where the model looked. Prompt: {maps.prompt}. Answer: {maps.text}"
+    answer = "".join(maps.pieces)
+    label = f"Where the model looked. Prompt: {maps.prompt}. Answer: {answer}"
     main = (
         f'<svg class="vlm-look-stage" {box} role="img" aria-label="{escape(label)}" '
         f'style="flex:0 1 {wide}px;width:100%;max-width:{wide}px">'
