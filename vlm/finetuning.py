@@ -17,30 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate import Accelerator, PartialState
+from accelerate.utils import reduce, send_to_device
 from huggingface_hub import ModelCard, ModelCardData
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Subset
 
-from .hub import ADAPTER_CONFIG, ADAPTER_FILE, EMBEDDED, parse_hub_id, require_space
+from .hub import ADAPTER_CONFIG, ADAPTER_FILE, EMBEDDED, parse_hub_id
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .rows import Row, read_splits
-from .runs import publish, run_command, run_folder, setting
-from .training import SuffixLoss, TrainingConfig, make_accelerator, train
+from .runs import publish, run_command, setting
+from .training import SuffixLoss, TrainingConfig, train
 from .weights import load_hf_model, make_processor, save_hf_model
 
 ALL_BUT_VISION = ("language_model.*", "multi_modal_projector.*")
 
 
 def match_parameters(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Names of the parameters that a pattern like `*.self_attn.*` matches.
+    """Names of the parameters that patterns like `*.self_attn.*` match, or ValueError.
 
-    The output head is the embedding and isn't listed again. ValueError for a pattern
-    that matches nothing.
+    The output head is the embedding and isn't listed again.
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:
@@ -66,8 +65,8 @@ def set_trainable(
         targets = [name for name in linear if f"{name}.weight" in names]
         if not targets:
             raise ValueError("LoRA works on linear layers, and no pattern matches one")
-        scale = {"r": lora_rank, "lora_alpha": 2 * lora_rank}
-        adapters = get_peft_model(model, LoraConfig(target_modules=targets, **scale))
+        lora = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=targets)
+        adapters = get_peft_model(model, lora)
     for name, parameter in model.named_parameters():
         if adapters is None:
             parameter.requires_grad_(name in names)
@@ -85,23 +84,22 @@ def merge_adapters(
     model.to(dtype).requires_grad_(True).eval()
 
 
-def save_adapter(adapters: nn.Module, folder: Path, base: str) -> None:
-    """Write the adapters alone, in peft's layout; `base`: the model's folder or hub id.
+def save_adapter(
+    adapters: nn.Module, weights: dict[str, Tensor], folder: Path, base: str
+) -> None:
+    """Write the adapters' weights in peft's layout; `base`: the model's folder or id.
 
     Layers are named as in transformers' model, so that peft finds them there, too.
     """
-    from peft import get_peft_model_state_dict
-
     ours = r"(language_model|vision_tower|multi_modal_projector)(\.(vision_)?model)?\."
-    saved = get_peft_model_state_dict(adapters, save_embedding_layers=False)
-    tensors = {re.sub(ours, r"model.\1.", name): t for name, t in saved.items()}
-    layers = {name.partition(".lora_")[0] for name in tensors}
+    weights = {re.sub(ours, r"model.\1.", name): w for name, w in weights.items()}
+    weights = {name.replace(".default.", "."): w for name, w in weights.items()}
+    layers = {name.partition(".lora_")[0] for name in weights}
     config = adapters.peft_config["default"]
     config.base_model_name_or_path, config.revision = parse_hub_id(base) or (base, None)
     config.target_modules = {name.removeprefix("base_model.model.") for name in layers}
-    shutil.rmtree(folder, ignore_errors=True)
     config.save_pretrained(folder)
-    save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
+    save_file(weights, folder / ADAPTER_FILE, metadata={"format": "pt"})
     shutil.copymode(folder / ADAPTER_CONFIG, folder / ADAPTER_FILE)  # for all to read
 
 
@@ -158,36 +156,35 @@ def _collate(rows: Sequence[Row], processor: PaliGemmaProcessor) -> dict[str, Te
 
 @torch.no_grad()
 def _validate(
-    objective: SuffixLoss, rows: list, collate: Callable, size: int, shared: Accelerator
+    objective: SuffixLoss, rows: list[Row], collate: Callable, size: int
 ) -> dict[str, float]:
     "Mean cross-entropy of a suffix token; each process computes its part of the rows."
-    mine = rows[shared.process_index :: shared.num_processes]
-    sums = torch.zeros(2, device=shared.device)
+    this = PartialState()
+    mine = rows[this.process_index :: this.num_processes]
+    sums = torch.zeros(2, device=this.device)
     for start in range(0, len(mine), size):
-        batch = send_to_device(collate(mine[start : start + size]), shared.device)
+        batch = send_to_device(collate(mine[start : start + size]), this.device)
         sums += torch.cat([objective(batch), objective.counts(batch)])
-    total, count = shared.reduce(sums, "sum").tolist()
+    total, count = reduce(sums, "sum").tolist()
     return {"validation_loss": total / count}
 
 
 def finetune(
     config: FineTuningConfig,
-    output: str | Path,
+    output: Path,
     resume: bool = False,
     stop_after: int | None = None,
-) -> list[dict[str, float]]:
-    """Fine-tune a checkpoint on a folder's rows; returns the log, one dict a line.
+) -> str | None:
+    """Fine-tune a checkpoint on a folder's rows; returns what to tell the user.
 
     `output` appears when all is done: checkpoint, model card, log. The log has the
     validation loss before the first step and after each epoch; its last line, that of
     the weights in `output`. `resume`, `stop_after` and errors: as in `train`.
     """
     # Read and check, cheap things first
-    output = Path(output).expanduser()
-
     splits = read_splits(config.data, config.validation_fraction, config.seed)
     training, validation, files = splits
-    device, dtype = make_accelerator().device, config.dtype
+    device, dtype = Accelerator().device, config.dtype
     if dtype == "auto" and device.type == "cuda":
         dtype = "16-bit"  # as in `choose_dtype`; elsewhere, as weights are stored
     model, tokenizer = load_hf_model(config.model_path or None, device, dtype)
@@ -199,21 +196,17 @@ def finetune(
             raise ValueError(f"{row.where}: {len(ids)} tokens, but {limit} positions")
     config = replace(config, dtype=str(dtype).removeprefix("torch."))
     formats = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
-    mixed_precision = formats.get(config.dtype)
-    if mixed_precision is None or mixed_precision == "fp16" and device.type == "cpu":
+    if config.dtype not in formats or device.type == "cpu" and dtype == torch.float16:
         raise ValueError(f"no training in {config.dtype} here: give --dtype bfloat16")
-    config.mixed_precision = mixed_precision
+    config.mixed_precision = formats[config.dtype]
     config.steps = math.ceil(config.epochs * len(training) / config.batch_size)
     config.eval_every = math.ceil(len(training) / config.batch_size)
-    accelerator = make_accelerator(mixed_precision)
+    num_parameters = sum(p.numel() for p in model.parameters())
     torch.manual_seed(config.seed)  # of the adapters' initial values
     adapters = set_trainable(model, config.train, config.lora_rank)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    num_trained = sum(p.numel() for p in trained)
-    state = 0 if resume else 3 * sum(p.nbytes for p in trained)  # with two moments
-    saved = trained if config.save_adapter else model.parameters()
-    result = sum(p.numel() for p in saved) * dtype.itemsize
-    require_space(run_folder(output), state + result)
+    named = (adapters or model).named_parameters()
+    trained = {name: p for name, p in named if p.requires_grad}
+    num_trained = sum(p.numel() for p in trained.values())
 
     # Train: every row once an epoch, in an order that the seed fixes
     rng, order = random.Random(config.seed), []
@@ -221,34 +214,36 @@ def finetune(
         order += rng.sample(range(len(training)), len(training))
     objective, collate = SuffixLoss(model), partial(_collate, processor=processor)
     size = config.micro_batch_size or config.batch_size
-    evaluated = (objective, validation, collate, size, accelerator)
+    num_saved = num_trained if config.save_adapter else num_parameters
+    validate = partial(_validate, objective, validation, collate, size)
     if config.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     log = train(
         *(objective, Subset(training, order), collate, config),
         *(output, resume, stop_after),
-        evaluate=lambda step: _validate(*evaluated),
+        evaluate=lambda step: validate(),
         about={"rows": files},  # the data may move, not change
         free=("data", "save_adapter", "gradient_checkpointing"),
-        accelerator=accelerator,
+        result_bytes=num_saved * dtype.itemsize,
     )
-    if stop_after is not None and stop_after < config.steps:
-        return log
+    if log[-1]["step"] < config.steps:
+        return None
 
     # Merge, round to the checkpoint's dtype, validate what is written, and write it
+    merge_adapters(model, adapters, dtype)
+    log.append({"step": config.steps, **validate()})
+
     def write(folder: Path) -> None:
-        if not config.save_adapter:
+        if config.save_adapter:
+            save_adapter(adapters, trained, folder, config.model_path or EMBEDDED.name)
+        else:
             save_hf_model(model, tokenizer, folder)
         facts = {"splits": splits, "num_trained": num_trained, "log": log}
         _write_card(folder, config, name=output.name, **facts)
 
-    if config.save_adapter and accelerator.is_main_process:
-        base = config.model_path or EMBEDDED.name
-        save_adapter(adapters, run_folder(output) / "result", base)
-    merge_adapters(model, adapters, dtype)
-    log.append({"step": config.steps, **_validate(*evaluated)})
     publish(output, log, write)
-    return log
+    before, after = (f"{log[i]['validation_loss']:.4g}" for i in (0, -1))
+    return f"validation loss {before} before, {after} after; result in {output}"
 
 
 def _write_card(folder: Path, config: FineTuningConfig, **facts: Any) -> None:
@@ -292,15 +287,7 @@ ACCELERATE_USE_CPU=true leaves a GPU alone.
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status, as `run_command`."""
-
-    def run(config: FineTuningConfig, output: Path, *when: Any) -> str | None:
-        log = finetune(config, output, *when)
-        if not output.exists():
-            return None
-        before, after = (f"{log[i]['validation_loss']:.4g}" for i in (0, -1))
-        return f"validation loss {before} before, {after} after; result in {output}"
-
-    return run_command(_ABOUT, FineTuningConfig, run, argv)
+    return run_command(_ABOUT, FineTuningConfig, finetune, argv)
 
 
 if __name__ == "__main__":

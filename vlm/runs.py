@@ -15,32 +15,23 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-__all__ = [
-    "setting", "run_folder", "saved_state", "save_state", "check_output", "TrainingLog",
-    "publish", "run_command",
-]  # fmt: skip
+__all__ = ["setting", "save_state", "open_run", "write_log", "publish", "run_command"]
 
-STATE_FILE = "trainer.pt"
+STATE_FILE, LOG_FILE = "trainer.pt", "log.jsonl"
 # What may change when a run goes on: who computes and when it saves, not the result.
 FREE = ("micro_batch_size", "num_workers", "eval_every", "save_every")
 
 
 def setting(default: Any, help: str, **flag: Any) -> Any:
     """A dataclass field with a default, and its flag's help and other options."""
+    if default != "":
+        help += f" (default: {default})"
     return field(default=default, metadata={"help": help, **flag})
 
 
 def run_folder(output: Path) -> Path:
     """Where a run lives until `output` is complete: a folder beside it."""
     return output.with_name(output.name + ".unfinished")
-
-
-def saved_state(output: Path, mmap: bool = False) -> dict[str, Any]:
-    """The last state of the run that makes `output`; FileNotFoundError without one."""
-    path = run_folder(output) / STATE_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"no saved run in {path.parent}: leave --resume out")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 def save_state(output: Path, state: dict[str, Any]) -> None:
@@ -58,22 +49,28 @@ def save_state(output: Path, state: dict[str, Any]) -> None:
         ) from error
 
 
-def check_output(
-    output: Path, settings: dict[str, Any], resume: bool, free: Sequence[str] = ()
-) -> None:
-    """Refuse to overwrite a result or a run, or to resume one with other settings.
+def open_run(
+    output: Path | None, settings: dict, resume: bool, free: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The state from which the run that makes `output` goes on, or a new one starts.
 
-    Those in FREE and in `free` may differ from the saved run's.
+    Refuses to overwrite a result or a run, and to resume one with other settings, but
+    for those in FREE and in `free`.
     Raises FileExistsError, FileNotFoundError or ValueError.
     """
-    folder = run_folder(output)
-    if output.exists():
+    path = run_folder(output) / STATE_FILE if output else None
+    if output and output.exists():
         raise FileExistsError(f"{output} exists already: choose another --output")
-    if not resume and (folder / STATE_FILE).exists():
+    if path and path.exists() and not resume:
         raise FileExistsError(
-            f"{folder} holds an unfinished run: go on with --resume, or remove it"
+            f"{path.parent} holds an unfinished run: go on with --resume, or remove it"
         )
-    saved = saved_state(output, mmap=True)["settings"] if resume else settings
+    if not resume:
+        return {"step": 0, "settings": settings, "log": []}
+    if not path or not path.exists():
+        raise FileNotFoundError(f"no saved run for output {output}: leave --resume out")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    saved = state["settings"]
     other = [
         f"{name} {saved.get(name)!r}, not {value!r}"
         for name, value in settings.items()
@@ -84,53 +81,33 @@ def check_output(
             f"the saved run has {'; '.join(other)}: resume it with its own settings, "
             "or start a new one with another --output"
         )
+    return state
 
 
-def _to_jsonl(entries: list[dict[str, float]]) -> str:
-    return "".join(json.dumps(entry) + "\n" for entry in entries)
-
-
-class TrainingLog:
-    """A list of dicts, `entries`, that is also a file: `log.jsonl` in `folder`."""
-
-    def __init__(self, folder: Path | None, first_step: int = 0, main: bool = True):
-        """Go on at `first_step`: what an interrupted run wrote later is dropped.
-
-        All processes read the file, the main one writes it.
-        """
-        path = folder / "log.jsonl" if folder else None
-        self.path = path if main else None
-        self.entries: list[dict[str, float]] = []
-        if path and first_step:
-            # Without what follows the last newline: a full disk cuts lines.
-            lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-            former = map(json.loads, lines)
-            self.entries = [e for e in former if e["step"] <= first_step]
-        if self.path:
-            folder.mkdir(parents=True, exist_ok=True)
-            new = path.with_suffix(".new")
-            new.write_text(_to_jsonl(self.entries), encoding="utf-8")
-            os.replace(new, path)
-
-    def write(self, step: int, **values: float) -> None:
-        """Add a line."""
-        self.entries.append({"step": step, **values})
-        if self.path:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_to_jsonl(self.entries[-1:]))
+def write_log(output: Path | None, entries: list[dict], mode: str = "w") -> None:
+    """Write the run's log, a line of JSON an entry; mode "a": after what is there."""
+    if output is None:
+        return
+    path = run_folder(output) / LOG_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open(mode, encoding="utf-8") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in entries)
 
 
 def publish(output: Path, log: list[dict], write: Callable[[Path], None]) -> None:
     """Let `output` appear, complete: what `write(folder)` writes, and the log."""
-    result, processes = run_folder(output) / "result", PartialState()
+    folder, processes = run_folder(output), PartialState()
+    result = folder / "result"
     if processes.is_main_process:
+        shutil.rmtree(result, ignore_errors=True)  # of an attempt that failed
         try:
             write(result)
-            (result / "log.jsonl").write_text(_to_jsonl(log), encoding="utf-8")
+            write_log(output, log)
         except OSError as error:
             raise OSError(f"{error}; all is trained: --resume writes it") from error
+        os.replace(folder / LOG_FILE, result / LOG_FILE)
         os.replace(result, output)
-        shutil.rmtree(result.parent)
+        shutil.rmtree(folder)
     processes.wait_for_everyone()
 
 
@@ -155,22 +132,17 @@ def run_command(
     add("--stop_after", type=int, help="save and stop at this step")
     options = [option for option in fields(config_type) if option.init]
     for option in options:
-        flag = {"type": option.type, **option.metadata}
-        if option.default != "":
-            flag["help"] += f" (default: {option.default})"
         if option.type is bool:
-            parser.add_switch(f"--{option.name}", flag["help"])
+            parser.add_switch(f"--{option.name}", **option.metadata)
         else:
-            add(f"--{option.name}", **flag)
+            add(f"--{option.name}", **{"type": option.type} | option.metadata)
 
     def command() -> None:
         given = vars(parser.parse_args(argv))
         output, resume = given.pop("output").expanduser(), given.pop("resume", False)
         stop_after = given.pop("stop_after", None)
-        if resume:
-            saved = saved_state(output, mmap=True)["settings"]
-            given = {o.name: saved[o.name] for o in options if o.name in saved} | given
-        check_output(output, {}, resume)  # before anything takes time
+        saved = open_run(output, {}, resume)["settings"]  # before anything takes time
+        given = {o.name: saved[o.name] for o in options if o.name in saved} | given
         message = run(config_type(**given), output, resume, stop_after)
         if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
             print(message or f"stopped at step {stop_after}: go on with --resume")

@@ -22,25 +22,16 @@ from tqdm import tqdm
 
 from .hub import require_space
 from .paligemma import PaliGemmaForConditionalGeneration
-from .runs import (
-    TrainingLog,
-    check_output,
-    run_folder,
-    save_state,
-    saved_state,
-    setting,
-)
+from .runs import open_run, save_state, setting, write_log
 
-__all__ = [
-    "Objective", "SuffixLoss", "learning_rate_at", "make_accelerator", "TrainingConfig",
-    "train",
-]  # fmt: skip
+__all__ = ["Objective", "SuffixLoss", "learning_rate_at", "TrainingConfig", "train"]
 
 
 class Objective(nn.Module):
-    """A model and its K losses, as sums that can be added over micro-batches.
+    """A model and its K losses.
 
-    `counts(batch)` says what each sum will be divided by, before anything is computed.
+    `forward(batch)` returns them as sums, which can be added over micro-batches;
+    `counts(batch)`, what each will be divided by, before anything is computed.
     """
 
     names: tuple[str, ...] = ("loss",)
@@ -48,10 +39,6 @@ class Objective(nn.Module):
 
     def counts(self, batch: Any) -> Float[Tensor, "K"]:
         """How many terms each loss of this batch sums up."""
-        raise NotImplementedError
-
-    def forward(self, batch: Any) -> Float[Tensor, "K"]:
-        """The sum of each loss over this batch."""
         raise NotImplementedError
 
 
@@ -91,22 +78,20 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def make_optimizer(
-    module: nn.Module, learning_rate: float, weight_decay: float
-) -> torch.optim.AdamW:
+def make_optimizer(module: nn.Module, weight_decay: float) -> torch.optim.AdamW:
     """AdamW for what isn't frozen; weight decay on matrices only.
 
-    Source: Loshchilov & Hutter 2019.
+    `training_step` sets the learning rate. Source: Loshchilov & Hutter 2019.
     """
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS)
+    return torch.optim.AdamW(groups, betas=BETAS)
 
 
-def make_accelerator(mixed_precision: str = "no", cpu: bool = False) -> Accelerator:
+def make_accelerator(mixed_precision: str = "no") -> Accelerator:
     """An `Accelerator` that shares out whole batches, whatever ran before it.
 
     Under a launcher with several processes the device stays that of the first run.
@@ -117,7 +102,6 @@ def make_accelerator(mixed_precision: str = "no", cpu: bool = False) -> Accelera
     AcceleratorState._reset_state(reset_partial_state=alone)
     return Accelerator(
         mixed_precision=mixed_precision,
-        cpu=cpu,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         # A phase may leave parts of the model without gradients.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
@@ -200,32 +184,14 @@ def _trained(objective: nn.Module) -> dict[str, Tensor]:
     return trained | dict(objective.named_buffers())
 
 
-def _open_run(
-    objective: nn.Module,
-    settings: dict[str, Any],
-    output: Path | None,
-    resume: bool,
-    free: Sequence[str],
-) -> dict[str, Any]:
-    "The state to go on from; refuses a wrong folder and a disk that is too small."
-    if output is None:
-        if resume:
-            raise ValueError("resume needs the output whose run is to go on")
-        return {"step": 0}
-    check_output(output, settings, resume, free)
-    size = 3 * sum(t.nbytes for t in _trained(objective).values())  # and two moments
-    require_space(run_folder(output), size if resume else 2 * size)
-    return saved_state(output) if resume else {"step": 0}
-
-
 def _make_loader(
-    items: Dataset, collate: Callable, config: TrainingConfig
+    dataset: Dataset, collate: Callable, config: TrainingConfig, first: int, last: int
 ) -> DataLoader:
-    "Batches, in the order of the items, each as a list of micro-batches."
+    "The batches of the steps after `first`, to `last`; each a list of micro-batches."
+    items = Subset(dataset, range(first * config.batch_size, last * config.batch_size))
     split = partial(micro_batches, collate=collate, size=config.micro_batch_size)
     # Of its own: an iterator draws a number, and ours must be as they were.
-    generator = torch.Generator().manual_seed(config.seed)
-    options = {"num_workers": config.num_workers, "generator": generator}
+    options = {"num_workers": config.num_workers, "generator": torch.Generator()}
     return DataLoader(items, config.batch_size, collate_fn=split, **options)
 
 
@@ -241,29 +207,30 @@ def train(
     evaluate: Callable[[int], dict[str, float]] | None = None,
     about: dict[str, Any] | None = None,
     free: Sequence[str] = (),
-    accelerator: Accelerator | None = None,
+    result_bytes: int = 0,
 ) -> list[dict[str, float]]:
     """Train `objective` in place; returns the log, one dict a line.
 
     Step s takes items (s - 1) * batch_size … s * batch_size - 1 of `dataset`, so an
-    item should depend on its index alone. `output`: where the caller will `publish` the
-    result; log and state lie in its `run_folder` (None: nothing is written).
+    item should depend on its index alone. `output`: where the caller will `publish` a
+    result of `result_bytes`; until then log and state lie beside it (None: nowhere).
     `stop_after`: save and stop at this step. `schedule(step)`, step from 0: another one
     than `learning_rate_at`. `evaluate(step)`: more to log, every `eval_every` steps
     (then also before the first) and last. `about`: what else must be the same when a
-    run is resumed, but for the names in `free`.
-    Raises as `check_output` and `training_step`; accelerate's ValueError for a batch
-    that the processes can't share, OSError for a full disk.
+    run is resumed, but for the names in `free`. Raises as `open_run`, `training_step`,
+    `require_space`, `save_state`; ValueError for a batch that processes can't share.
     """
-    accelerator = accelerator or make_accelerator(config.mixed_precision)
+    accelerator = make_accelerator(config.mixed_precision)
     settings = asdict(config) | (about or {})
-    state = _open_run(objective, settings, output, resume, free)
+    state = open_run(output, settings, resume, free)
+    if output:
+        size = 3 * sum(t.nbytes for t in _trained(objective).values())  # and moments
+        require_space(output, (0 if resume else size) + max(size, result_bytes))
     first, last = state["step"], min(stop_after or config.steps, config.steps)
     if stop_after is not None and stop_after <= first:
         raise ValueError(f"stop_after={stop_after}: the run is at step {first} already")
-    items = Subset(dataset, range(first * config.batch_size, last * config.batch_size))
-    loader = _make_loader(items, collate, config)
-    optimizer = make_optimizer(objective, config.learning_rate, config.weight_decay)
+    loader = _make_loader(dataset, collate, config, first, last)
+    optimizer = make_optimizer(objective, config.weight_decay)
     plain, main = objective, accelerator.is_main_process
     objective, optimizer, loader = accelerator.prepare(plain, optimizer, loader)
     stateful = {"optimizer": optimizer, "scaler": accelerator.scaler}  # float16's
@@ -275,17 +242,21 @@ def train(
         torch.set_rng_state(state["generator"])
         for name, part in stateful.items():
             part.load_state_dict(state[name])
+    log, output = state["log"], output if main else None  # one writes
     del state  # three times the weights
-    log = TrainingLog(run_folder(output) if output else None, first, main)
+    write_log(output, log)
     schedule = schedule or partial(
         learning_rate_at, steps=config.steps, peak=config.learning_rate
     )
-    save_every = config.save_every or last
     eval_every = config.eval_every or config.steps
+
+    def add_to_log(step: int, values: dict[str, float]) -> None:
+        log.append({"step": step} | {name: float(v) for name, v in values.items()})
+        write_log(output, log[-1:], "a")
 
     def log_evaluation(step: int) -> None:
         objective.eval()
-        log.write(step, **evaluate(step))
+        add_to_log(step, evaluate(step))
         objective.train()
 
     if evaluate and config.eval_every and first == 0:
@@ -296,20 +267,20 @@ def train(
     for step, parts in zip(bar, loader):
         rate = schedule(step - 1)
         losses.append(training_step(accelerator, objective, optimizer, parts, rate))
-        saves = step == last or step % save_every == 0
+        saves = step == last or step % (config.save_every or last) == 0
         evaluates = step == config.steps or step % eval_every == 0
         if saves or evaluates or step % LOG_EVERY == 0:
             means = {k: sum(one[k] for one in losses) / len(losses) for k in losses[0]}
-            log.write(step, learning_rate=rate, **means)
+            add_to_log(step, {"learning_rate": rate} | means)
             losses.clear()
-            bar.set_postfix(log.entries[-1], refresh=False)
+            bar.set_postfix(log[-1], refresh=False)
         if evaluate and evaluates:
             log_evaluation(step)
-        if output and main and saves:
-            state = {"step": step, "settings": settings, "trained": _trained(plain)}
-            state["generator"] = torch.get_rng_state()
+        if output and saves:
+            state = {"step": step, "settings": settings, "log": log}
+            state |= {"trained": _trained(plain), "generator": torch.get_rng_state()}
             state |= {name: part.state_dict() for name, part in stateful.items()}
             save_state(output, state)
     accelerator.wait_for_everyone()
     objective.eval()
-    return log.entries
+    return log
