@@ -19,7 +19,7 @@ import vlm.weights
 from vlm.answers import format_table
 from vlm.detection import Detection, ParsedObjects
 from vlm.inference import drawing_paths, find_images, main, test_inference
-from vlm.mask_tokens import DECODER_FILE, MaskDecoder
+from vlm.mask_tokens import DECODER_FILE, MaskDecoder, MaskVQVAE
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
 from vlm.prompts import prompt_warnings
@@ -56,7 +56,7 @@ def masks(tmp_path_factory):
         decoder.decoder[-1].weight.zero_()
         decoder.decoder[-1].bias.fill_(1)
     folder = tmp_path_factory.mktemp("masks")
-    decoder.save_pretrained(folder)
+    MaskVQVAE(decoder=decoder).save_pretrained(folder)
     return folder
 
 

@@ -24,7 +24,7 @@ from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import NUM_LOCS, NUM_SEGS, PaliGemmaProcessor, loc_token, seg_token
 from .questions import sample_question
 from .runs import publish, run_command, setting
-from .scene_dataset import TASKS, SceneDataset, collate, encode_masks
+from .scene_dataset import TASKS, SceneDataset, collate
 from .scenes import ASSETS, VALIDATION_SEEDS, all_classes, make_scene
 from .training import Objective, TrainingConfig, learning_rate_at, train
 from .weights import load_hf_model, make_processor, save_hf_model
@@ -241,9 +241,8 @@ def validation_losses(
     for seed in VALIDATION_SEEDS[:num_scenes]:
         scene = make_scene(seed, processor.image_size)
         rng = random.Random(f"questions {seed}")
-        encode_mask = encode_masks(scene, vqvae)
-        questions = [sample_question(scene, task, rng, encode_mask) for task in TASKS]
-        prompts, answers = zip(*[(q.prompt, q.answer) for q in questions])
+        asked = (sample_question(scene, t, rng, vqvae.encode_masks) for t in TASKS)
+        prompts, answers = zip(*[(q.prompt, q.answer) for q in asked])
         batch = processor(prompts, [scene.image], answers)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]  # [B, T - 1]

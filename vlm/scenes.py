@@ -21,8 +21,8 @@ from .processing import Box
 
 __all__ = [
     "TRAINING_STYLES", "VALIDATION_STYLE", "TEST_STYLE", "TRAINING_SEEDS",
-    "VALIDATION_SEEDS", "TEST_SEEDS", "ASSETS", "all_classes", "style_classes", "Scene",
-    "make_scene",
+    "VALIDATION_SEEDS", "TEST_SEEDS", "ASSETS", "all_classes", "with_article",
+    "style_classes", "Scene", "make_scene",
 ]  # fmt: skip
 
 STYLES = ("fluent", "noto")  # what scenes show unless another style is asked for
@@ -36,25 +36,17 @@ TEST_SEEDS = range(4 * 10**9, 4 * 10**9 + 500)
 ASSETS = files("vlm") / "assets"
 
 
-@dataclass(frozen=True)
-class ObjectClass:
-    """An object class: its English name and plural."""
-
-    name: str
-    plural: str
-
-    @property
-    def with_article(self) -> str:
-        """`a pizza`, `an owl`; by sound: `a unicorn`, `an hourglass`."""
-        an = self.name == "hourglass" or self.name[0] in "aeiou"
-        return f"{'an' if an and self.name != 'unicorn' else 'a'} {self.name}"
-
-
 @cache
-def all_classes() -> dict[str, ObjectClass]:
-    """The hundred object classes by name, in alphabetical order."""
+def all_classes() -> dict[str, str]:
+    """The hundred object classes, name → plural, in alphabetical order."""
     rows = json.loads((ASSETS / "stickers/kinds.json").read_text(encoding="utf-8"))
-    return {row["name"]: ObjectClass(row["name"], row["plural"]) for row in rows}
+    return {row["name"]: row["plural"] for row in rows}
+
+
+def with_article(name: str) -> str:
+    """`a pizza`, `an owl`; by sound: `a unicorn`, `an hourglass`."""
+    an = name == "hourglass" or (name[0] in "aeiou" and name != "unicorn")
+    return f"{'an' if an else 'a'} {name}"
 
 
 def _sticker_path(label: str, style: str):
