@@ -57,17 +57,18 @@ def _sticker_path(label: str, style: str):
 def style_classes(*styles: str) -> tuple[str, ...]:
     """Names of the classes that all these styles draw; ValueError for another style."""
     if unknown := set(styles) - set(ALL_STYLES):
-        raise ValueError(
-            f"unknown style {min(unknown)!r}: expected one of {ALL_STYLES}"
-        )
+        raise ValueError(f"unknown style {min(unknown)!r}: not one of {ALL_STYLES}")
     names = all_classes()
     return tuple(n for n in names if all(_sticker_path(n, s).is_file() for s in styles))
 
 
 @cache
-def load_sticker(label: str, style: str) -> Image.Image:
-    """A sticker in RGBA, cropped; FileNotFoundError if the style doesn't draw it."""
-    return Image.open(_sticker_path(label, style)).convert("RGBA")
+def load_sticker(label: str, style: str, mode: str = "RGBA") -> Image.Image:
+    """A sticker, cropped; FileNotFoundError if the style doesn't draw it.
+
+    In the mode "RGBa" its colors are multiplied by alpha, ready to be resized.
+    """
+    return Image.open(_sticker_path(label, style)).convert("RGBA").convert(mode)
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,6 @@ def _fits(candidate: Box, others: Sequence[Box]) -> bool:
     )
 
 
-def _random_pose(sizes: tuple[float, float], rng: random.Random) -> tuple:
-    """A center (x, y), a log-uniform size, an angle, and whether to flip."""
-    x, y = rng.random(), rng.random()
-    size = math.exp(rng.uniform(math.log(sizes[0]), math.log(sizes[1])))
-    return x, y, size, rng.uniform(-15, 15), rng.random() < 0.5  # nearly upright
-
-
 def _augment(place: Placement, rng: random.Random) -> Placement:
     """The same sticker stretched and recolored."""
     any_hue = rng.random() < 0.3  # so that no class is known by its color alone
@@ -179,7 +173,10 @@ def plan_scene(
         label = rng.choice(placements).label if repeat else rng.choice(names)
         style, boxes = rng.choice(styles), [*map(_rotated_box, placements)]
         for _ in range(20):  # tries to find room; then the image is full enough
-            place = Placement(label, style, *_random_pose(sizes, rng))
+            x, y = rng.random(), rng.random()
+            size = math.exp(rng.uniform(*map(math.log, sizes)))  # log-uniform
+            angle, flip = rng.uniform(-15, 15), rng.random() < 0.5  # nearly upright
+            place = Placement(label, style, x, y, size, angle, flip)
             if augment_prob and rng.random() >= 1 - augment_prob:
                 place = _augment(place, rng)
             if _fits(_rotated_box(place), boxes):
@@ -240,16 +237,10 @@ def _recolor(sticker: Image.Image, place: Placement) -> Image.Image:
     return ImageEnhance.Brightness(sticker).enhance(place.brightness)
 
 
-@cache
-def _premultiplied(label: str, style: str) -> Image.Image:
-    """A sticker with its colors multiplied by alpha, ready to be resized."""
-    return load_sticker(label, style).convert("RGBa")
-
-
 def _draw_sticker(place: Placement, image_size: int) -> tuple[Image.Image, int, int]:
     """A sticker resized, recolored, flipped and rotated; its left and top."""
     size = tuple(max(1, round(side * image_size)) for side in _drawn_size(place))
-    sticker = _premultiplied(place.label, place.style)
+    sticker = load_sticker(place.label, place.style, "RGBa")
     sticker = sticker.resize(size, Image.Resampling.BILINEAR).convert("RGBA")
     sticker = _recolor(sticker, place)
     if place.flip:

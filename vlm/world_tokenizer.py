@@ -66,10 +66,8 @@ def train_tokenizer(sentences: Iterable[str], num_pieces: int = 1024) -> Tokeniz
     tokenizer = Tokenizer(learner.model)  # here byte tokens are ordinary vocabulary
     tokenizer.normalizer = learner.normalizer
     tokenizer.pre_tokenizer = learner.pre_tokenizer
-    to_spaces = decoders.Replace("▁", " ")
-    tokenizer.decoder = decoders.Sequence(
-        [to_spaces, decoders.ByteFallback(), decoders.Fuse()]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     added = [*map(loc_token, range(NUM_LOCS)), *map(seg_token, range(NUM_SEGS))]
     # Not normalized: found in the raw text, before it is split into words.
