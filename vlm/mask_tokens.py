@@ -16,9 +16,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,9 +27,7 @@ __all__ = [
     "MaskVQVAE", "evaluate_reconstruction",
 ]  # fmt: skip
 
-MASK_SIDE = 64  # a mask is drawn into a square of this many pixels
-GRID_SIDE = 4  # and written as 4 × 4 codes, row by row
-CODES_PER_MASK = GRID_SIDE * GRID_SIDE
+CODES_PER_MASK = 16  # for 4 × 4 cells, row by row
 CODE_WIDTH = 512
 DECODER_FILE = "mask_decoder.safetensors"
 ENCODER_FILE = "mask_encoder.safetensors"
@@ -47,7 +43,7 @@ def crop_to_square(mask: Bool[np.ndarray, "h w"]) -> Float[Tensor, "1 64 64"]:
         found = f"{mask.dtype} {list(mask.shape)}"
         raise ValueError(f"a mask is a bool array [h, w] with pixels, not {found}")
     image = Image.fromarray(mask.astype(np.uint8) * 255)
-    image = image.resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BILINEAR)
+    image = image.resize((64, 64), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image, np.float32) / 127.5 - 1)[None]
 
 
@@ -103,8 +99,7 @@ class MaskModule(nn.Module):
     def from_npz(cls, path: str | os.PathLike, sha256: str | None = None) -> Self:
         """Read Google's `vae-oid.npz`, or a file with the same names; no pickle.
 
-        Raises ValueError for another hash, for a damaged file, or where tensors are
-        missing or don't fit.
+        Raises ValueError for another hash, a damaged file, a tensor missing or misfit.
         """
         content = Path(path).read_bytes()
         found = hashlib.sha256(content).hexdigest()
@@ -116,7 +111,7 @@ class MaskModule(nn.Module):
     def from_pretrained(cls, folder: str | os.PathLike) -> Self:
         """Read this part's file in `folder`; raises as `from_npz` does."""
         path = Path(folder, cls.file_name)
-        return cls._from_bytes(path, path.read_bytes(), parse_safetensors)
+        return cls._from_bytes(path, path.read_bytes(), load)
 
 
 class MaskEncoder(MaskModule):
@@ -151,7 +146,7 @@ class Codebook(nn.Module):
     def look_up(self, codes: Int[Tensor, "B 16"]) -> Float[Tensor, "B 512 4 4"]:
         """The codes' vectors, laid out row by row on the 4 × 4 cells."""
         vectors = self._embedding[codes]  # [B, 16, 512]
-        return vectors.transpose(1, 2).unflatten(2, (GRID_SIDE, GRID_SIDE))
+        return vectors.transpose(1, 2).unflatten(2, (4, 4))  # [B, 512, 4, 4]
 
     def nearest(self, features: Float[Tensor, "B 512 4 4"]) -> Int[Tensor, "B 16"]:
         """For each cell the code whose vector is nearest."""
@@ -224,11 +219,8 @@ class MaskVQVAE(nn.Module):
         parts = (self.encoder, self.decoder)
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            try:
-                for part in parts:
-                    save_file(part.state_dict(), Path(scratch, part.file_name))
-            except SafetensorError as error:  # a full disk
-                raise OSError(f"can't write into {folder}: {error}") from error
+            for part in parts:
+                Path(scratch, part.file_name).write_bytes(save(part.state_dict()))
             for part in parts:
                 os.replace(Path(scratch, part.file_name), Path(folder, part.file_name))
 
@@ -286,10 +278,7 @@ class MaskVQVAE(nn.Module):
 def evaluate_reconstruction(
     vqvae: MaskVQVAE, masks: Sequence[Bool[np.ndarray, "_ _"]]
 ) -> tuple[Float[Tensor, "n"], Int[Tensor, "n 16"]]:
-    """How much of each mask survives sixteen tokens (IoU at 64 × 64), and its codes.
-
-    The masks are cut out along their boxes, each of its own size.
-    """
+    """Masks, cut out along boxes → IoU (64 × 64) after sixteen tokens, and codes."""
     squares = torch.stack([crop_to_square(mask) for mask in masks])  # [n, 1, 64, 64]
     ious, all_codes = [], []
     for part in squares.to(vqvae.sums.device).split(64):  # as many as fit in any memory

@@ -4,12 +4,10 @@ Built in notebooks/20_training.ipynb: edit it there, then run `make export`.
 """
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from .masks import make_attn_mask
-
-__all__ = ["pack_questions", "packed_mask"]
+__all__ = ["pack_questions"]
 
 
 def pack_questions(
@@ -34,11 +32,3 @@ def pack_questions(
         row["token_type_ids"] += [0] * (len(ids) - len(suffix)) + [1] * len(suffix)
         row["segment_ids"] += [number] * len(ids)
     return {name: torch.tensor(values) for name, values in row.items()}
-
-
-def packed_mask(
-    segment_ids: Int[Tensor, "B T"], token_type_ids: Int[Tensor, "B T"]
-) -> Bool[Tensor, "B 1 T T"]:
-    """The mask of packed rows, whose padding has segment -1: see `make_attn_mask`."""
-    real = segment_ids >= 0  # [B, T]
-    return make_attn_mask(real, token_type_ids, segment_ids=segment_ids)

@@ -19,7 +19,7 @@ from .config import PaliGemmaConfig
 from .hub import EMBEDDED
 from .initialization import new_model
 from .mask_tokens import Codebook, MaskDecoder, MaskVQVAE
-from .packing import packed_mask
+from .masks import make_attn_mask
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import NUM_LOCS, NUM_SEGS, PaliGemmaProcessor, loc_token, seg_token
 from .questions import sample_question
@@ -200,10 +200,12 @@ class PretrainingObjective(Objective):
         if "input_ids" in batch:
             num_image_tokens = self.model.config.vision_config.num_image_tokens
             ids, types = batch["input_ids"], batch["token_type_ids"]
+            segments = batch["segment_ids"]  # -1: padding
+            mask = make_attn_mask(segments >= 0, types, segment_ids=segments)
             outputs = self.model(
                 input_ids=ids,
                 pixel_values=batch["pixel_values"],
-                attention_mask=packed_mask(batch["segment_ids"], types),
+                attention_mask=mask,
                 position_ids=batch["position_ids"],
                 logits_to_keep=ids.shape[1] - num_image_tokens,
                 output_image_hidden_states=True,

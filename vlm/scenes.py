@@ -64,10 +64,7 @@ def style_classes(*styles: str) -> tuple[str, ...]:
 
 @cache
 def load_sticker(label: str, style: str, mode: str = "RGBA") -> Image.Image:
-    """A sticker, cropped; FileNotFoundError if the style doesn't draw it.
-
-    In the mode "RGBa" its colors are multiplied by alpha, ready to be resized.
-    """
+    """A sticker, cropped; "RGBa": premultiplied. FileNotFoundError if not drawn."""
     return Image.open(_sticker_path(label, style)).convert("RGBA").convert(mode)
 
 
