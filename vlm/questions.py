@@ -154,22 +154,6 @@ def absent_class(scene: Scene, rng: random.Random) -> str:
     return name
 
 
-def _sample_labels(scene: Scene, task: str, rng: random.Random) -> list[str]:
-    """Classes to ask for, absent ones among them: how often, `sample_question` says."""
-    absent_prob = {"count": 0.2, "presence": 0.5}.get(task, 0.1)
-    if rng.random() < absent_prob or not scene.objects:
-        return [absent_class(scene, rng)]
-    present = list(scene.counts)
-    if task in ("count", "presence"):
-        return [rng.choice(present)]
-    most = rng.randint(1, 3 if task == "detect" else 2)  # masks make longer answers
-    labels = rng.sample(present, min(len(present), most))
-    if rng.random() < 0.1:
-        labels.append(absent_class(scene, rng))
-        rng.shuffle(labels)
-    return labels
-
-
 def sample_question(
     scene: Scene, task: str, rng: random.Random, encode_masks: EncodeMasks | None = None
 ) -> Question:
@@ -184,5 +168,18 @@ def sample_question(
         prefer = informative and rng.random() < 0.8  # else "nothing" is five of six
         return rng.choice(informative if prefer else questions)
     task = "presence" if task == "relation" else task
-    labels = [] if task == "caption" else _sample_labels(scene, task, rng)
+    present = list(scene.counts)
+    absent_prob = {"count": 0.2, "presence": 0.5}.get(task, 0.1)
+    if task == "caption":
+        labels = []
+    elif rng.random() < absent_prob or not present:
+        labels = [absent_class(scene, rng)]
+    elif task in ("count", "presence"):
+        labels = [rng.choice(present)]
+    else:
+        most = rng.randint(1, 3 if task == "detect" else 2)  # masks: longer answers
+        labels = rng.sample(present, min(len(present), most))
+        if rng.random() < 0.1:
+            labels.append(absent_class(scene, rng))
+            rng.shuffle(labels)
     return make_question(scene, task, *labels, encode_masks=encode_masks)
