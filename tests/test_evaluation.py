@@ -18,7 +18,7 @@ from vlm.evaluation import (
 )
 from vlm.hub import EMBEDDED
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
-from vlm.questions import EMPTY_CAPTION, Question, detect_question, segment_question
+from vlm.questions import EMPTY_CAPTION, Question, make_question
 from vlm.results import table, write_results
 from vlm.sampling import Generation, generate
 from vlm.scenes import (
@@ -66,7 +66,7 @@ def answerer(write):
 
 def knows_boxes(scene, question):
     if question.task.startswith("detect"):
-        return detect_question(scene, [question.prompt.partition(" ")[2]]).answer
+        return make_question(scene, "detect", question.prompt.partition(" ")[2]).answer
     return question.answer
 
 
@@ -99,8 +99,10 @@ def test_one_who_knows_everything_gets_full_marks(decoder):
 
     def write(scene, question):
         if question.task == "segment":
-            kinds = [question.prompt.removeprefix("segment ")]
-            return segment_question(scene, kinds, vqvae.encode_mask).answer
+            kind, encode_masks = question.prompt[8:], vqvae.encode_masks
+            return make_question(
+                scene, "segment", kind, encode_masks=encode_masks
+            ).answer
         return knows_boxes(scene, question)
 
     numbers = numbers_of(write, decoder)
@@ -134,7 +136,7 @@ def test_false_alarms_are_counted_and_cost_precision_where_they_are_sure(
     decoder, label
 ):
     thing, *_ = SCENES[0].objects
-    box = detect_question(SCENES[0], [thing.label]).answer[:36]
+    box = make_question(SCENES[0], "detect", thing.label).answer[:36]
     name = thing.label if label == "a class" else label
 
     def write(scene, question):

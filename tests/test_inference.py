@@ -25,7 +25,7 @@ from vlm.inference import (
     main,
     test_inference,
 )
-from vlm.mask_tokens import DECODER_FILE, MaskDecoder
+from vlm.mask_tokens import DECODER_FILE, MaskDecoder, MaskVQVAE
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import PaliGemmaProcessor
 from vlm.sampling import Generation, generate
@@ -61,7 +61,7 @@ def masks(tmp_path_factory):
         decoder.decoder[-1].weight.zero_()
         decoder.decoder[-1].bias.fill_(1)
     folder = tmp_path_factory.mktemp("masks")
-    decoder.save_pretrained(folder)
+    MaskVQVAE(decoder=decoder).save_pretrained(folder)
     return folder
 
 

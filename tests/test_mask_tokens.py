@@ -1,5 +1,6 @@
 """Masks in sixteen tokens: the networks, the table between them, and what they know."""
 
+import errno
 import hashlib
 import inspect
 import io
@@ -10,13 +11,12 @@ import shutil
 import subprocess
 import sys
 from base64 import b64decode
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from vlm.figures import mask_codes
@@ -91,7 +91,7 @@ def test_names_and_shapes_are_those_of_googles_file(part):
 
 
 def test_the_whole_has_no_tensors_of_its_own_to_save():
-    whole = MaskVQVAE(MaskEncoder(), MaskDecoder())
+    whole = MaskVQVAE()
     names = {name.partition(".")[2] for name in whole.state_dict()}
     assert names == {*ENCODER_SHAPES, *DECODER_SHAPES}
 
@@ -246,7 +246,7 @@ def test_no_codes_make_no_masks():
 
 @pytest.fixture
 def vqvae():
-    return MaskVQVAE(MaskEncoder(), MaskDecoder(), decay=0.9)
+    return MaskVQVAE(decay=0.9)
 
 
 def test_the_gradient_goes_straight_through(vqvae):
@@ -457,7 +457,7 @@ def test_files_that_are_none(google, tmp_path):
         with pytest.raises(ValueError, match=r"broken\.npz can't be read"):
             MaskDecoder.from_npz(broken)
     np.savez(broken, **{"_vq_vae._embedding": np.array([{"a": 1}], object)})
-    with pytest.raises(ValueError, match="can't be read as arrays"):  # no pickle
+    with pytest.raises(ValueError, match=r"broken\.npz can't be read.*allow_pickle"):
         MaskDecoder.from_npz(broken)
 
 
@@ -507,21 +507,24 @@ def test_a_full_disk_leaves_both_files(vqvae, tmp_path, monkeypatch):
     former = {file: file.read_bytes() for file in tmp_path.iterdir()}
     files = []
 
-    def full(tensors, file):
-        if files.append(file) or len(files) == 2:
-            raise SafetensorError("No space left on device (os error 28)")
-        save_file(tensors, file)
+    write_bytes = Path.write_bytes
 
-    monkeypatch.setattr("vlm.mask_tokens.save_file", full)
+    def full(file, content):
+        if files.append(file) or len(files) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_bytes(file, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="No space left on device"):
-        MaskVQVAE(MaskEncoder(), MaskDecoder()).save_pretrained(tmp_path)
+        MaskVQVAE().save_pretrained(tmp_path)
     assert former == {file: file.read_bytes() for file in tmp_path.iterdir()}
 
 
 def test_folders_that_hold_no_masks(vqvae, tmp_path):
     with pytest.raises(FileNotFoundError, match=DECODER_FILE):
         MaskDecoder.from_pretrained(tmp_path)
-    vqvae.decoder.save_pretrained(tmp_path)
+    vqvae.save_pretrained(tmp_path)
+    (tmp_path / ENCODER_FILE).unlink()
     with pytest.raises(FileNotFoundError, match=ENCODER_FILE):
         MaskVQVAE.from_pretrained(tmp_path)
     shutil.copy(tmp_path / DECODER_FILE, tmp_path / ENCODER_FILE)
@@ -564,7 +567,7 @@ def test_shipped_codes_carry_masks_never_seen(shipped):
 def test_a_mask_becomes_sixteen_codes_and_comes_back(shipped):
     (item, *_) = make_scene(VALIDATION_SEEDS[0], 256).objects
     mask = item.cropped_mask
-    codes = shipped.encode_mask(mask)
+    (codes,) = shipped.encode_masks([mask])
     assert len(codes) == 16 and all(type(code) is int for code in codes)
     with torch.no_grad():
         back = shipped.decoder(torch.tensor([codes]))

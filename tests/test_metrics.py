@@ -20,7 +20,7 @@ from vlm.metrics import (
     mean_iou,
     object_ious,
 )
-from vlm.questions import caption, detect_question
+from vlm.questions import caption, make_question
 from vlm.sampling import Generation
 from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.segmentation import Segmentation
@@ -266,7 +266,7 @@ def test_average_precision_says_what_is_wrong():
 
 def test_what_the_world_says_of_its_scenes_is_a_perfect_answer():
     scenes = [make_scene(seed, 64) for seed in VALIDATION_SEEDS[:20]]
-    answers = [detect_question(s, list(s.counts)).answer for s in scenes]
+    answers = [make_question(s, "detect", *s.counts).answer for s in scenes]
     found = [parse_detections(answer, 64, 64) for answer in answers]
     truth = [s.objects for s in scenes]
     assert average_precision(found, truth) == pytest.approx(np.ones(10))

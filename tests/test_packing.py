@@ -4,7 +4,8 @@ import pytest
 import torch
 from reference import close, randomize, tiny_config
 
-from vlm.packing import pack_questions, packed_mask
+from vlm.masks import make_attn_mask
+from vlm.packing import pack_questions
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 
 IMAGE = [120] * 4  # the tiny model's image tokens
@@ -27,6 +28,10 @@ def test_packing_leaves_the_questions_as_they_are():
     before = [(list(prefix), list(suffix)) for prefix, suffix in QUESTIONS]
     pack_questions(QUESTIONS, 4)
     assert QUESTIONS == before
+
+
+def packed_mask(segment_ids, token_type_ids):
+    return make_attn_mask(segment_ids >= 0, token_type_ids, segment_ids=segment_ids)
 
 
 def test_packed_mask_rules():

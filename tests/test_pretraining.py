@@ -23,7 +23,7 @@ from vlm.initialization import (
     new_model,
     sincos_positions,
 )
-from vlm.mask_tokens import MaskDecoder, MaskEncoder, MaskVQVAE
+from vlm.mask_tokens import MaskDecoder, MaskVQVAE
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.pretraining import (
     BACKGROUND_WEIGHT,
@@ -44,7 +44,6 @@ from vlm.scene_dataset import (
     TASKS,
     SceneDataset,
     collate,
-    encode_masks,
     patch_targets,
 )
 from vlm.scenes import (
@@ -72,7 +71,7 @@ def world_tokenizer():
 @pytest.fixture(scope="module")
 def vqvae():
     torch.manual_seed(1)
-    return MaskVQVAE(MaskEncoder(), MaskDecoder()).eval()
+    return MaskVQVAE().eval()
 
 
 @pytest.fixture(scope="module")
@@ -302,13 +301,10 @@ def test_rows_fit_the_positions(processor, vqvae):
 
 def test_masks_encoded_together_are_as_one_by_one():
     vqvae = MaskVQVAE.from_pretrained(EMBEDDED)
-    scene = make_scene(12, styles=TRAINING_STYLES)
-    lookup, seen = encode_masks(scene, vqvae), set()
-    for thing in scene.objects:
-        codes = lookup(thing.cropped_mask)
-        assert codes == vqvae.encode_mask(thing.cropped_mask)
-        seen.add(tuple(codes))
-    assert len(seen) == len(scene.objects) > 1
+    masks = [o.cropped_mask for o in make_scene(12, styles=TRAINING_STYLES).objects]
+    codes = vqvae.encode_masks(masks)
+    assert codes == [vqvae.encode_masks([mask])[0] for mask in masks]
+    assert len({*map(tuple, codes)}) == len(masks) > 1
 
 
 def test_the_first_items_have_no_questions(processor, vqvae):
@@ -422,8 +418,7 @@ def test_validation_losses_are_means_over_tokens(processor, vqvae):
         make_scene(seed, processor.image_size),
         random.Random(f"questions {seed}"),
     )
-    encode = encode_masks(scene, vqvae)
-    asked = [sample_question(scene, task, rng, encode) for task in TASKS]
+    asked = [sample_question(scene, task, rng, vqvae.encode_masks) for task in TASKS]
     prompts, answers = zip(*[(q.prompt, q.answer) for q in asked])
     batch = processor(prompts, [scene.image], answers)
     with torch.no_grad():

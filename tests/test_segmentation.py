@@ -18,7 +18,7 @@ from vlm.images import load_image
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE
 from vlm.metrics import mean_iou
 from vlm.processing import box_to_locs, codes_to_segs, locs_to_box
-from vlm.questions import segment_question
+from vlm.questions import object_strings
 from vlm.sampling import Generation
 from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.segmentation import (
@@ -199,9 +199,9 @@ def test_a_segmentation_is_one_thing_and_does_not_change():
 
 
 def test_the_truth_survives_its_tokens(embedded):
-    encode = MaskVQVAE.from_pretrained(EMBEDDED).encode_mask
+    encode = MaskVQVAE.from_pretrained(EMBEDDED).encode_masks
     scenes = [make_scene(seed, 128) for seed in VALIDATION_SEEDS[:8]]
-    texts = [segment_question(s, list(s.counts), encode).answer for s in scenes]
+    texts = [object_strings(s, *s.counts, encode_masks=encode) for s in scenes]
     found = [parse_segmentations(text, 128, 128, embedded) for text in texts]
     assert all(one.invalid == 0 for one in found)
     truth = [s.objects for s in scenes]
@@ -477,7 +477,7 @@ def test_the_embedded_checkpoint_ships_its_own(embedded):
 
 def test_a_decoder_can_be_given(tmp_path, embedded):
     other = MaskDecoder()
-    other.save_pretrained(tmp_path / "mine")
+    MaskVQVAE(decoder=other).save_pretrained(tmp_path / "mine")
     file = tmp_path / "mine" / "mask_decoder.safetensors"
     assert same(other, load_mask_decoder(None, tmp_path / "mine"))
     assert same(other, load_mask_decoder(EMBEDDED, str(file)))

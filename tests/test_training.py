@@ -661,12 +661,11 @@ def test_killed_between_the_moves_of_publishing(tmp_path, tiny_masks, monkeypatc
 
 def test_dead_codes_are_revived_the_same_after_a_resume(tmp_path, tiny_masks):
     """With a codebook in which most are dead at once: random draws in every step."""
-    from vlm.mask_tokens import MaskDecoder, MaskEncoder
     from vlm.mask_training import MaskObjective
 
     def vqvae(seed):
         torch.manual_seed(seed)
-        return MaskVQVAE(MaskEncoder(), MaskDecoder(), dead_threshold=1.0)
+        return MaskVQVAE(dead_threshold=1.0)
 
     config = MaskTrainingConfig(steps=4, batch_size=1, save_every=2)
     arguments = (MaskDataset(), torch.cat, config)

@@ -40,23 +40,6 @@ def _blend(start, end, weight: Float[np.ndarray, "S S"]) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def _gradient(rng: random.Random, side: int) -> Image.Image:
-    """One color fades into another, in any direction."""
-    start, end = _random_color(rng), _random_color(rng)
-    angle = rng.uniform(0, 2 * math.pi)
-    axis = np.linspace(-0.5, 0.5, side)
-    weight = axis[None, :] * math.cos(angle) + axis[:, None] * math.sin(angle) + 0.5
-    return _blend(start, end, weight.clip(0, 1))
-
-
-def _texture(rng: random.Random, side: int) -> Image.Image:
-    """Blotches of two colors: a few random cells, enlarged smoothly."""
-    cells = rng.choice((4, 8, 16, 32))  # from blotches as large as objects to grain
-    noise = np.frombuffer(rng.randbytes(cells * cells), np.uint8).reshape(cells, cells)
-    blotches = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
-    return _blend(_random_color(rng), _random_color(rng), np.asarray(blotches) / 255)
-
-
 @cache
 def _photo_region(name: str, region: Box) -> Image.Image:
     """A region of a photograph, given in fractions of its width and height."""
@@ -83,14 +66,22 @@ def draw_background(
 
     Crops are of the left `photo_fraction` of it; half are flipped, half blurred.
     """
-    rng = random.Random(seed)
+    rng, size = random.Random(seed), (image_size, image_size)
     style = rng.choice(("flat", "gradient", "texture", "photo", "photo"))
     if style == "flat":
-        return Image.new("RGB", (image_size, image_size), _random_color(rng))
-    if style == "gradient":
-        return _gradient(rng, image_size)
-    if style == "texture":
-        return _texture(rng, image_size)
+        return Image.new("RGB", size, _random_color(rng))
+    if style == "gradient":  # one color fades into another, in any direction
+        start, end = _random_color(rng), _random_color(rng)
+        angle = rng.uniform(0, 2 * math.pi)
+        axis = np.linspace(-0.5, 0.5, image_size)  # [S]
+        weight = axis * math.cos(angle) + axis[:, None] * math.sin(angle)  # [S, S]
+        return _blend(start, end, (weight + 0.5).clip(0, 1))
+    if style == "texture":  # blotches of two colors: a few random cells, enlarged
+        cells = rng.choice((4, 8, 16, 32))  # from blotches as large as objects to grain
+        noise = np.frombuffer(rng.randbytes(cells * cells), np.uint8)
+        blotches = Image.fromarray(noise.reshape(cells, cells))
+        weight = np.asarray(blotches.resize(size, Image.Resampling.BICUBIC)) / 255
+        return _blend(_random_color(rng), _random_color(rng), weight)
     photo = _photo_region(rng.choice(PHOTOS), (0.0, 0.0, photo_fraction, 1.0))
     crop = _random_crop(photo, 0.25, rng, image_size)  # smaller ones show nothing
     if rng.random() < 0.5:
@@ -101,20 +92,16 @@ def draw_background(
     return crop
 
 
-def photo_crops(
-    split: str, num_crops: int, image_size: int = 128, seed: int = 0
-) -> list[Image.Image]:
+def photo_crops(split: str, num_crops: int, image_size: int = 128) -> list[Image.Image]:
     """Square crops of photographs that no training background shows.
 
     They come from beyond `TRAINING_PHOTO_FRACTION`: the upper half for the split
-    "validation", the lower half for "test". Raises ValueError for another split.
+    "validation", the lower half for "test". Raises KeyError for another split.
     """
-    if split not in ("validation", "test"):
-        raise ValueError(f'split must be "validation" or "test", not {split!r}')
-    top = 0.0 if split == "validation" else 0.5
+    top = {"validation": 0.0, "test": 0.5}[split]
     region = (TRAINING_PHOTO_FRACTION, top, 1.0, top + 0.5)
     # Not the astronaut: a rocket, an object class, stands behind her.
     photos = [_photo_region(name, region) for name in PHOTOS if name != "astronaut"]
-    rng = random.Random(seed)
+    rng = random.Random(0)
     turns = (photos[index % len(photos)] for index in range(num_crops))
     return [_random_crop(photo, 0.5, rng, image_size) for photo in turns]

@@ -24,9 +24,7 @@ from .questions import (
     EMPTY_CAPTION,
     Question,
     absent_class,
-    caption_question,
-    count_question,
-    presence_question,
+    make_question,
     relation_questions,
 )
 from .results import table, write_results
@@ -66,12 +64,13 @@ def _scene_questions(scene: Scene, seed: int, classes: Sequence[str]) -> list[Qu
     relations = relation_questions(scene)
     rng.shuffle(relations)
     return [
-        caption_question(scene),
+        make_question(scene, "caption"),
         # Boxes and masks are compared by their pixels: no right answer in words.
         *(Question("detect", f"detect {kind}", "") for kind in [*present, *absent]),
         *(Question("segment", f"segment {k}", "") for k in [*present, absent[0]]),
-        *(count_question(scene, kind) for kind in [*present, absent[0]]),
-        *(presence_question(scene, kind) for kind in [rng.choice(present), absent[0]]),
+        *(make_question(scene, "count", kind) for kind in [*present, absent[0]]),
+        make_question(scene, "presence", rng.choice(present)),
+        make_question(scene, "presence", absent[0]),
         *[q for q in relations if q.answer != "nothing"][:2],
         *[q for q in relations if q.answer == "nothing"][:1],
         *(Question("detect every", f"detect {kind}", "") for kind in classes),

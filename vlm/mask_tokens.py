@@ -7,30 +7,27 @@ import hashlib
 import io
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .processing import NUM_SEGS
 
 __all__ = [
-    "DECODER_FILE", "crop_to_square", "mask_iou", "MaskEncoder", "Codebook",
-    "MaskDecoder", "MaskVQVAE", "evaluate_reconstruction",
+    "DECODER_FILE", "crop_to_square", "mask_iou", "Codebook", "MaskDecoder",
+    "MaskVQVAE", "evaluate_reconstruction",
 ]  # fmt: skip
 
-MASK_SIDE = 64  # a mask is drawn into a square of this many pixels
-GRID_SIDE = 4  # and written as 4 × 4 codes, row by row
-CODES_PER_MASK = GRID_SIDE * GRID_SIDE
+CODES_PER_MASK = 16  # for 4 × 4 cells, row by row
 CODE_WIDTH = 512
 DECODER_FILE = "mask_decoder.safetensors"
 ENCODER_FILE = "mask_encoder.safetensors"
@@ -46,7 +43,7 @@ def crop_to_square(mask: Bool[np.ndarray, "h w"]) -> Float[Tensor, "1 64 64"]:
         found = f"{mask.dtype} {list(mask.shape)}"
         raise ValueError(f"a mask is a bool array [h, w] with pixels, not {found}")
     image = Image.fromarray(mask.astype(np.uint8) * 255)
-    image = image.resize((MASK_SIDE, MASK_SIDE), Image.Resampling.BILINEAR)
+    image = image.resize((64, 64), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image, np.float32) / 127.5 - 1)[None]
 
 
@@ -77,68 +74,44 @@ class ResidualBlock(nn.Module):
         return features + self.net(features)
 
 
-def _read_npz(path: str | os.PathLike, sha256: str | None) -> dict[str, np.ndarray]:
-    "The arrays of an .npz; ValueError where it is damaged or has another hash."
-    content = Path(path).read_bytes()
-    found = hashlib.sha256(content).hexdigest()
-    if sha256 is not None and found != sha256.lower():
-        raise ValueError(f"{path}: SHA-256 {found}, not {sha256}; fetch it again")
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return dict(arrays)
-    except Exception as error:  # of zip, zlib, NumPy or Python's own tokenizer
-        raise ValueError(f"{path} can't be read as arrays: {error}") from error
-
-
 class MaskModule(nn.Module):
-    """What encoder and decoder share: where they are read from and written to."""
+    """What encoder and decoder share: how they are read from a file."""
 
     file_name: str
 
     @classmethod
-    def _from_arrays(cls, arrays: Mapping[str, Any], path: str | os.PathLike) -> Self:
-        "Filled strictly from `arrays`, which may hold other tensors, too."
+    def _from_bytes(
+        cls, path: str | os.PathLike, content: bytes, parse: Callable[[bytes], Mapping]
+    ) -> Self:
+        "Filled strictly from what `parse` finds, which may hold other tensors, too."
         module = cls()
-        names = [name for name in module.state_dict() if name in arrays]
-        try:  # the error names each tensor that is missing or doesn't fit
+        try:
+            arrays = parse(content)
+            names = [name for name in module.state_dict() if name in arrays]
+            # The error names each tensor that is missing or doesn't fit.
             module.load_state_dict({n: torch.as_tensor(arrays[n]) for n in names})
-        except RuntimeError as error:
-            raise ValueError(f"{path} isn't a mask model's file: {error}") from error
+        except Exception as error:  # of zip, zlib, NumPy, safetensors or PyTorch
+            why = f"{path} can't be read as {cls.__name__}: {error}"
+            raise ValueError(why) from error
         return module.eval()
 
     @classmethod
     def from_npz(cls, path: str | os.PathLike, sha256: str | None = None) -> Self:
         """Read Google's `vae-oid.npz`, or a file with the same names; no pickle.
 
-        Raises ValueError for another hash, or tensors that are missing or don't fit.
+        Raises ValueError for another hash, a damaged file, a tensor missing or misfit.
         """
-        return cls._from_arrays(_read_npz(path, sha256), path)
+        content = Path(path).read_bytes()
+        found = hashlib.sha256(content).hexdigest()
+        if sha256 is not None and found != sha256.lower():
+            raise ValueError(f"{path}: SHA-256 {found}, not {sha256}; fetch it again")
+        return cls._from_bytes(path, content, lambda data: np.load(io.BytesIO(data)))
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Self:
-        """Read the file that `save_pretrained` wrote; raises as `from_npz` does."""
+        """Read this part's file in `folder`; raises as `from_npz` does."""
         path = Path(folder, cls.file_name)
-        try:
-            return cls._from_arrays(load_file(path), path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} can't be read (truncated?): {error}") from error
-
-    def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write this part's safetensors file into `folder`."""
-        _save(folder, self)
-
-
-def _save(folder: str | os.PathLike, *parts: MaskModule) -> None:
-    "Write each part's file; none is replaced before all are complete. Or OSError."
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        for part in parts:
-            try:
-                save_file(part.state_dict(), Path(scratch, part.file_name))
-            except SafetensorError as error:  # a full disk
-                raise OSError(f"can't write into {folder}: {error}") from error
-        for part in parts:
-            os.replace(Path(scratch, part.file_name), Path(folder, part.file_name))
+        return cls._from_bytes(path, path.read_bytes(), load)
 
 
 class MaskEncoder(MaskModule):
@@ -173,7 +146,7 @@ class Codebook(nn.Module):
     def look_up(self, codes: Int[Tensor, "B 16"]) -> Float[Tensor, "B 512 4 4"]:
         """The codes' vectors, laid out row by row on the 4 × 4 cells."""
         vectors = self._embedding[codes]  # [B, 16, 512]
-        return vectors.transpose(1, 2).unflatten(2, (GRID_SIDE, GRID_SIDE))
+        return vectors.transpose(1, 2).unflatten(2, (4, 4))  # [B, 512, 4, 4]
 
     def nearest(self, features: Float[Tensor, "B 512 4 4"]) -> Int[Tensor, "B 16"]:
         """For each cell the code whose vector is nearest."""
@@ -218,7 +191,7 @@ class MaskDecoder(MaskModule):
 
 
 class MaskVQVAE(nn.Module):
-    """Encoder and decoder with the codebook between them.
+    """Encoder and decoder, new ones unless given, with the codebook between them.
 
     Training moves the codebook to running means, `decay` being the fraction of the old
     mean that stays, and revives a code that is chosen less than `dead_threshold` times
@@ -226,17 +199,14 @@ class MaskVQVAE(nn.Module):
     Source: van den Oord et al. 2017, the running means in its appendix.
     """
 
-    def __init__(
-        self, encoder: MaskEncoder, decoder: MaskDecoder, decay=0.99, dead_threshold=0.1
-    ):
+    def __init__(self, encoder=None, decoder=None, decay=0.99, dead_threshold=0.1):
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder, self.decoder = encoder or MaskEncoder(), decoder or MaskDecoder()
         self.decay, self.dead_threshold = decay, dead_threshold
         # Running means of how many vectors chose a code, and of their sum.
+        table = self.decoder.codebook._embedding
         self.register_buffer("counts", torch.ones(NUM_SEGS), persistent=False)
-        self.register_buffer(
-            "sums", decoder.codebook._embedding.clone(), persistent=False
-        )
+        self.register_buffer("sums", table.clone(), persistent=False)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike) -> Self:
@@ -245,8 +215,14 @@ class MaskVQVAE(nn.Module):
         return cls(encoder, MaskDecoder.from_pretrained(folder)).eval()
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write the two files."""
-        _save(folder, self.encoder, self.decoder)
+        """Write two files; neither is replaced before both are complete. Or OSError."""
+        parts = (self.encoder, self.decoder)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            for part in parts:
+                Path(scratch, part.file_name).write_bytes(save(part.state_dict()))
+            for part in parts:
+                os.replace(Path(scratch, part.file_name), Path(folder, part.file_name))
 
     def forward(
         self, masks: Float[Tensor, "B 1 64 64"]
@@ -291,20 +267,18 @@ class MaskVQVAE(nn.Module):
         self.decoder.codebook._embedding.copy_(self.sums / self.counts[:, None])
 
     @torch.no_grad()
-    def encode_mask(self, mask: Bool[np.ndarray, "h w"]) -> list[int]:
-        """A mask, cut out along its box → its sixteen codes; ValueError if empty."""
-        square = crop_to_square(mask)[None].to(self.sums.device)  # [1, 1, 64, 64]
-        return self.decoder.codebook.nearest(self.encoder(square))[0].tolist()
+    def encode_masks(self, masks: Sequence[Bool[np.ndarray, "_ _"]]) -> list[list[int]]:
+        """Masks, cut out along their boxes → sixteen codes each. Or ValueError."""
+        squares = torch.stack([crop_to_square(m) for m in masks])  # [n, 1, 64, 64]
+        features = self.encoder(squares.to(self.sums.device))  # [n, 512, 4, 4]
+        return self.decoder.codebook.nearest(features).tolist()
 
 
 @torch.no_grad()
 def evaluate_reconstruction(
     vqvae: MaskVQVAE, masks: Sequence[Bool[np.ndarray, "_ _"]]
 ) -> tuple[Float[Tensor, "n"], Int[Tensor, "n 16"]]:
-    """How much of each mask survives sixteen tokens (IoU at 64 × 64), and its codes.
-
-    The masks are cut out along their boxes, each of its own size.
-    """
+    """Masks, cut out along boxes → IoU (64 × 64) after sixteen tokens, and codes."""
     squares = torch.stack([crop_to_square(mask) for mask in masks])  # [n, 1, 64, 64]
     ious, all_codes = [], []
     for part in squares.to(vqvae.sums.device).split(64):  # as many as fit in any memory

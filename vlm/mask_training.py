@@ -13,13 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .mask_tokens import (
-    MaskDecoder,
-    MaskEncoder,
-    MaskVQVAE,
-    crop_to_square,
-    evaluate_reconstruction,
-)
+from .mask_tokens import MaskVQVAE, crop_to_square, evaluate_reconstruction
 from .runs import publish, run_command, setting
 from .scenes import TRAINING_SEEDS, TRAINING_STYLES, VALIDATION_SEEDS, make_scene
 from .training import Objective, TrainingConfig, train
@@ -82,7 +76,7 @@ def train_mask_tokens(
     The log has the mean IoU of validation masks and how many codes they use.
     """
     torch.manual_seed(config.seed)
-    vqvae = MaskVQVAE(MaskEncoder(), MaskDecoder())
+    vqvae = MaskVQVAE()
     scenes = [make_scene(seed) for seed in VALIDATION_SEEDS[:50]]
     masks = [thing.cropped_mask for scene in scenes for thing in scene.objects]
 

@@ -4,12 +4,10 @@ Built in notebooks/20_training.ipynb: edit it there, then run `make export`.
 """
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
-from .masks import make_attn_mask
-
-__all__ = ["pack_questions", "packed_mask"]
+__all__ = ["pack_questions"]
 
 
 def pack_questions(
@@ -21,28 +19,16 @@ def pack_questions(
     `input_ids`, `position_ids`, `token_type_ids` and `segment_ids` (0 image, 1, 2, …).
     Each question counts its positions on from the image, as if it stood alone.
     """
-    input_ids = questions[0][0][:num_image_tokens]
-    position_ids = list(range(num_image_tokens))
-    token_type_ids = [0] * num_image_tokens
-    segment_ids = [0] * num_image_tokens
-    for number, (prefix, suffix) in enumerate(questions, start=1):
-        prefix = prefix[num_image_tokens:]
-        length = len(prefix) + len(suffix)
-        input_ids += prefix + suffix
-        position_ids += range(num_image_tokens, num_image_tokens + length)
-        token_type_ids += [0] * len(prefix) + [1] * len(suffix)
-        segment_ids += [number] * length
-    return {
-        "input_ids": torch.tensor(input_ids),
-        "position_ids": torch.tensor(position_ids),
-        "token_type_ids": torch.tensor(token_type_ids),
-        "segment_ids": torch.tensor(segment_ids),
+    row = {
+        "input_ids": questions[0][0][:num_image_tokens],
+        "position_ids": list(range(num_image_tokens)),
+        "token_type_ids": [0] * num_image_tokens,
+        "segment_ids": [0] * num_image_tokens,
     }
-
-
-def packed_mask(
-    segment_ids: Int[Tensor, "B T"], token_type_ids: Int[Tensor, "B T"]
-) -> Bool[Tensor, "B 1 T T"]:
-    """The mask of packed rows, whose padding has segment -1: see `make_attn_mask`."""
-    real = segment_ids >= 0  # [B, T]
-    return make_attn_mask(real, token_type_ids, segment_ids=segment_ids)
+    for number, (prefix, suffix) in enumerate(questions, start=1):
+        ids = prefix[num_image_tokens:] + suffix
+        row["input_ids"] += ids
+        row["position_ids"] += range(num_image_tokens, num_image_tokens + len(ids))
+        row["token_type_ids"] += [0] * (len(ids) - len(suffix)) + [1] * len(suffix)
+        row["segment_ids"] += [number] * len(ids)
+    return {name: torch.tensor(values) for name, values in row.items()}

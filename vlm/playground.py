@@ -27,7 +27,7 @@ from .mask_tokens import MaskDecoder
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
 from .sampling import Generation, GenerationConfig, generation_steps
-from .scenes import ASSETS, VALIDATION_SEEDS, all_classes, make_scene
+from .scenes import ASSETS, VALIDATION_SEEDS, all_classes, make_scene, with_article
 from .segmentation import load_mask_decoder
 from .weights import describe_model, load_chosen_model, load_hf_model, make_processor
 
@@ -42,12 +42,11 @@ def shipped_images() -> dict[str, Path]:
 
 def example_prompts(kinds: Sequence[str]) -> list[str]:
     """A prompt of each sort about these kinds of sticker, and one about another."""
-    first, last = all_classes()[kinds[0]], all_classes()[kinds[-1]]
-    absent = next(name for name in all_classes() if name not in kinds)
-    prompts = ["caption en", f"detect {' ; '.join(kinds[:3])}", f"segment {first.name}"]
-    prompts.append(f"answer en how many {first.plural} are there?")
-    prompts.append(f"answer en is there {last.with_article}?")
-    prompts.append(f"answer en what is left of the {first.name}?")
+    first, absent = kinds[0], next(name for name in all_classes() if name not in kinds)
+    prompts = ["caption en", f"detect {' ; '.join(kinds[:3])}", f"segment {first}"]
+    prompts.append(f"answer en how many {all_classes()[first]} are there?")
+    prompts.append(f"answer en is there {with_article(kinds[-1])}?")
+    prompts.append(f"answer en what is left of the {first}?")
     return [*prompts, f"detect {absent}"]
 
 

@@ -19,12 +19,12 @@ from .config import PaliGemmaConfig
 from .hub import EMBEDDED
 from .initialization import new_model
 from .mask_tokens import Codebook, MaskDecoder, MaskVQVAE
-from .packing import packed_mask
+from .masks import make_attn_mask
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import NUM_LOCS, NUM_SEGS, PaliGemmaProcessor
 from .questions import sample_question
 from .runs import publish, run_command, setting
-from .scene_dataset import TASKS, SceneDataset, collate, encode_masks
+from .scene_dataset import TASKS, SceneDataset, collate
 from .scenes import ASSETS, VALIDATION_SEEDS, all_classes, make_scene
 from .training import Objective, TrainingConfig, learning_rate_at, train
 from .weights import load_hf_model, make_processor, save_hf_model
@@ -200,10 +200,12 @@ class PretrainingObjective(Objective):
         if "input_ids" in batch:
             num_image_tokens = self.model.config.vision_config.num_image_tokens
             ids, types = batch["input_ids"], batch["token_type_ids"]
+            segments = batch["segment_ids"]  # -1: padding
+            mask = make_attn_mask(segments >= 0, types, segment_ids=segments)
             outputs = self.model(
                 input_ids=ids,
                 pixel_values=batch["pixel_values"],
-                attention_mask=packed_mask(batch["segment_ids"], types),
+                attention_mask=mask,
                 position_ids=batch["position_ids"],
                 logits_to_keep=ids.shape[1] - num_image_tokens,
                 output_image_hidden_states=True,
@@ -241,9 +243,8 @@ def validation_losses(
     for seed in VALIDATION_SEEDS[:num_scenes]:
         scene = make_scene(seed, processor.image_size)
         rng = random.Random(f"questions {seed}")
-        encode_mask = encode_masks(scene, vqvae)
-        questions = [sample_question(scene, task, rng, encode_mask) for task in TASKS]
-        prompts, answers = zip(*[(q.prompt, q.answer) for q in questions])
+        asked = (sample_question(scene, t, rng, vqvae.encode_masks) for t in TASKS)
+        prompts, answers = zip(*[(q.prompt, q.answer) for q in asked])
         batch = processor(prompts, [scene.image], answers)
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")[:, 1:]  # [B, T - 1]

@@ -7,19 +7,17 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool
 
 from .processing import box_to_locs, codes_to_segs
-from .scenes import Scene, all_classes
+from .scenes import Scene, all_classes, with_article
 
 __all__ = [
-    "EMPTY_CAPTION", "MaskToCodes", "parse_caption", "Question", "caption_question",
-    "count_question", "presence_question", "relation_questions", "absent_class",
-    "sample_question",
+    "EMPTY_CAPTION", "parse_caption", "Question", "make_question", "relation_questions",
+    "absent_class", "sample_question",
 ]  # fmt: skip
 
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six")
@@ -32,9 +30,9 @@ def caption(scene: Scene) -> str:
         return EMPTY_CAPTION
     phrases = []
     for name, count in scene.counts.items():
-        one = all_classes()[name]
-        number = NUMBER_WORDS[count] if count < len(NUMBER_WORDS) else str(count)
-        phrases.append(one.with_article if count == 1 else f"{number} {one.plural}")
+        number = NUMBER_WORDS[count] if count < len(NUMBER_WORDS) else count
+        several = f"{number} {all_classes()[name]}"
+        phrases.append(with_article(name) if count == 1 else several)
     *first, last = phrases
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -42,7 +40,7 @@ def caption(scene: Scene) -> str:
 def parse_caption(text: str) -> Counter[str]:
     """The classes that a caption names, with their counts; other words are ignored."""
     numbers = {word: n for n, word in enumerate(NUMBER_WORDS)} | {"a": 1, "an": 1}
-    names = {one.plural: one.name for one in all_classes().values()}
+    names = {plural: name for name, plural in all_classes().items()}
     names |= {name: name for name in all_classes()}
     counts: Counter[str] = Counter()
     for phrase in re.split(r",| and ", text):
@@ -52,55 +50,47 @@ def parse_caption(text: str) -> Counter[str]:
     return counts
 
 
-MaskToCodes = Callable[[Bool[np.ndarray, "h w"]], Sequence[int]]  # cut out → 16 codes
+# Bool masks, each cut out along its box → sixteen codes for each.
+EncodeMasks = Callable[[Sequence[np.ndarray]], Sequence[Sequence[int]]]
 
 
 def object_strings(
-    scene: Scene, labels: Iterable[str], encode_mask: MaskToCodes | None = None
+    scene: Scene, *labels: str, encode_masks: EncodeMasks | None = None
 ) -> str:
     """The answer to `detect a ; b`: each object's four loc tokens and label.
 
     From left to right; empty if the scene shows none of these classes. With
-    `encode_mask` it is the answer to `segment`. Raises ValueError for a lone string.
+    `encode_masks` it is the answer to `segment`.
     """
-    if isinstance(labels, str):
-        raise ValueError(f"labels must be a list of names: write [{labels!r}]")
-    labels, size = set(labels), scene.image.width
-    answers = []
-    for item in scene.objects:
-        if item.label in labels:
-            tokens = box_to_locs(item.box, size, size)
-            if encode_mask is not None:
-                tokens += codes_to_segs(encode_mask(item.cropped_mask))
-            answers.append(f"{tokens} {item.label}")
-    return " ; ".join(answers)
+    asked, size = [o for o in scene.objects if o.label in labels], scene.image.width
+    tokens = [box_to_locs(item.box, size, size) for item in asked]
+    if asked and encode_masks:
+        segs = map(codes_to_segs, encode_masks([item.cropped_mask for item in asked]))
+        tokens = [loc + seg for loc, seg in zip(tokens, segs, strict=True)]
+    return " ; ".join(f"{t} {item.label}" for t, item in zip(tokens, asked))
 
 
 # Relation → (axis of the box's center, sign of the difference)
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
 
-def neighbor(
-    scene: Scene, label: str, relation: str, margin: float = 10.0
-) -> str | None:
+def neighbor(scene: Scene, label: str, relation: str) -> str | None:
     """The answer to "what is `relation` the `label`?", or None if it is ambiguous.
 
     The object whose center lies in that quadrant around it, or "nothing". Ambiguous:
     not exactly one `label` in the scene, two objects in the quadrant, or one within
-    `margin` degrees of its border. Raises ValueError for another relation.
+    10 degrees of its border. Raises KeyError for another relation.
     """
-    if relation not in RELATIONS:
-        raise ValueError(f"unknown relation {relation!r}; expected {[*RELATIONS]}")
+    axis, sign = RELATIONS[relation]
     if scene.counts.get(label) != 1:
         return None
     anchor = next(item for item in scene.objects if item.label == label)
-    axis, sign = RELATIONS[relation]
     found = []
     for item in scene.objects:
         along = (item.center[axis] - anchor.center[axis]) * sign
         across = abs(item.center[1 - axis] - anchor.center[1 - axis])
         angle = math.degrees(math.atan2(across, along))  # 0: ahead, 180: behind
-        if abs(angle - 45) < margin:
+        if abs(angle - 45) < 10:
             return None
         if angle < 45 and item is not anchor:
             found.append(item.label)
@@ -118,35 +108,32 @@ class Question:
     answer: str
 
 
-def caption_question(scene: Scene) -> Question:
-    """`caption en`."""
-    return Question("caption", "caption en", caption(scene))
-
-
-def detect_question(scene: Scene, labels: Sequence[str]) -> Question:
-    """`detect owl ; pizza`; the scene needn't show them."""
-    prompt = f"detect {' ; '.join(labels)}"
-    return Question("detect", prompt, object_strings(scene, labels))
-
-
-def segment_question(
-    scene: Scene, labels: Sequence[str], encode_mask: MaskToCodes
+def make_question(
+    scene: Scene, task: str, *labels: str, encode_masks: EncodeMasks | None = None
 ) -> Question:
-    """`segment owl`: boxes and masks."""
-    prompt = f"segment {' ; '.join(labels)}"
-    return Question("segment", prompt, object_strings(scene, labels, encode_mask))
+    """A question about classes, whether the scene shows them or not.
 
-
-def count_question(scene: Scene, label: str) -> Question:
-    """`answer en how many owls are there?`"""
-    prompt = f"answer en how many {all_classes()[label].plural} are there?"
-    return Question("count", prompt, str(scene.counts.get(label, 0)))
-
-
-def presence_question(scene: Scene, label: str) -> Question:
-    """`answer en is there an owl?`"""
-    prompt = f"answer en is there {all_classes()[label].with_article}?"
-    return Question("presence", prompt, "yes" if label in scene.counts else "no")
+    `caption en` takes none, `detect owl ; pizza` and `segment owl` take any number, and
+    `answer en how many owls are there?` ("count") and `answer en is there an owl?`
+    ("presence") take one. Raises KeyError for another class, and ValueError for another
+    task, another number of classes, and for `segment` without `encode_masks`.
+    """
+    prompt = f"{task} {' ; '.join(labels)}"
+    if task == "caption":
+        return Question(task, "caption en", caption(scene))
+    if task == "detect":
+        return Question(task, prompt, object_strings(scene, *labels))
+    if task == "segment" and encode_masks:
+        answer = object_strings(scene, *labels, encode_masks=encode_masks)
+        return Question(task, prompt, answer)
+    if task not in ("count", "presence"):
+        raise ValueError(f"no question for task {task!r}; segment needs encode_masks")
+    (label,) = labels
+    plural, count = all_classes()[label], scene.counts.get(label, 0)
+    if task == "count":
+        return Question(task, f"answer en how many {plural} are there?", str(count))
+    prompt = f"answer en is there {with_article(label)}?"
+    return Question(task, prompt, "yes" if count else "no")
 
 
 def relation_questions(scene: Scene) -> list[Question]:
@@ -167,47 +154,32 @@ def absent_class(scene: Scene, rng: random.Random) -> str:
     return name
 
 
-def _maybe_absent(scene: Scene, absent_prob: float, rng: random.Random) -> str:
-    """A class of the scene or, with `absent_prob`, one that it doesn't show."""
-    if rng.random() < absent_prob or not scene.objects:
-        return absent_class(scene, rng)
-    return rng.choice(list(scene.counts))
-
-
-def _classes_to_find(scene: Scene, most: int, rng: random.Random) -> list[str]:
-    """One to `most` classes of the scene; sometimes an absent one too, or alone."""
-    if rng.random() < 0.1 or not scene.objects:
-        return [absent_class(scene, rng)]
-    present = list(scene.counts)
-    labels = rng.sample(present, min(len(present), rng.randint(1, most)))
-    if rng.random() < 0.1:
-        labels.append(absent_class(scene, rng))
-        rng.shuffle(labels)
-    return labels
-
-
 def sample_question(
-    scene: Scene, task: str, rng: random.Random, encode_mask: MaskToCodes | None = None
+    scene: Scene, task: str, rng: random.Random, encode_masks: EncodeMasks | None = None
 ) -> Question:
-    """A question of `task` about a scene; `segment` needs `encode_mask`.
+    """A question of `task` about a scene; `segment` needs `encode_masks`.
 
     Absent classes are asked for too: in a fifth of `count`, in half of `presence`, and
     in `detect` and `segment` one time in ten alone and one in ten beside others.
-    Without an unambiguous relation, presence is asked for. Raises ValueError for
-    another task, and for `segment` without `encode_mask`.
+    Without an unambiguous relation, presence is asked for. Raises as `make_question`.
     """
-    if task == "caption":
-        return caption_question(scene)
-    if task == "detect":
-        return detect_question(scene, _classes_to_find(scene, 3, rng))
-    if task == "segment" and encode_mask is not None:  # longer answers: fewer classes
-        return segment_question(scene, _classes_to_find(scene, 2, rng), encode_mask)
-    if task == "count":
-        return count_question(scene, _maybe_absent(scene, 0.2, rng))
     if task == "relation" and (questions := relation_questions(scene)):
         informative = [q for q in questions if q.answer != "nothing"]
         prefer = informative and rng.random() < 0.8  # else "nothing" is five of six
         return rng.choice(informative if prefer else questions)
-    if task in ("relation", "presence"):
-        return presence_question(scene, _maybe_absent(scene, 0.5, rng))
-    raise ValueError(f"no question for task {task!r}; segment needs encode_mask")
+    task = "presence" if task == "relation" else task
+    present = list(scene.counts)
+    absent_prob = {"count": 0.2, "presence": 0.5}.get(task, 0.1)
+    if task == "caption":
+        labels = []
+    elif rng.random() < absent_prob or not present:
+        labels = [absent_class(scene, rng)]
+    elif task in ("count", "presence"):
+        labels = [rng.choice(present)]
+    else:
+        most = rng.randint(1, 3 if task == "detect" else 2)  # masks: longer answers
+        labels = rng.sample(present, min(len(present), most))
+        if rng.random() < 0.1:
+            labels.append(absent_class(scene, rng))
+            rng.shuffle(labels)
+    return make_question(scene, task, *labels, encode_masks=encode_masks)

@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 
 from .backgrounds import TRAINING_PHOTO_FRACTION
 from .images import image_to_pixels
-from .mask_tokens import MaskVQVAE, crop_to_square
+from .mask_tokens import MaskVQVAE
 from .packing import pack_questions
 from .processing import PaliGemmaProcessor
-from .questions import MaskToCodes, sample_question
+from .questions import sample_question
 from .scenes import TRAINING_SEEDS, TRAINING_STYLES, Scene, all_classes, make_scene
 
-__all__ = ["TASKS", "encode_masks", "SceneDataset", "collate"]
+__all__ = ["TASKS", "SceneDataset", "collate"]
 
 MIN_FRACTION = 0.2  # of a patch's pixels
 
@@ -63,18 +63,6 @@ AUGMENT_PROB = 0.2  # of the stickers; a style never seen differs in colors abov
 EMPTY_PROB = 0.05  # of the scenes: enough to learn that nothing may be there
 
 
-@torch.no_grad()
-def encode_masks(scene: Scene, vqvae: MaskVQVAE) -> MaskToCodes:
-    """Encode all masks of a scene in one pass → a function that looks them up."""
-    crops = [thing.cropped_mask for thing in scene.objects]
-    if not crops:
-        return vqvae.encode_mask
-    features = vqvae.encoder(torch.stack([crop_to_square(crop) for crop in crops]))
-    codes = vqvae.decoder.codebook.nearest(features).tolist()  # [objects, 16]
-    known = {crop.tobytes(): code for crop, code in zip(crops, codes, strict=True)}
-    return lambda crop: known[crop.tobytes()]
-
-
 @dataclass
 class SceneDataset(Dataset):
     """Scenes of training seeds with patch targets and questions; the index is the seed.
@@ -105,11 +93,10 @@ class SceneDataset(Dataset):
         item["pixel_values"] = image_to_pixels(scene.image, processor.image_size)
         if index < self.vision_only:
             return item
-        encode_mask = encode_masks(scene, self.vqvae)
         # Random(index) would repeat the very numbers that planned the scene.
         rng, rows = random.Random(f"questions {index}"), []
         for task in rng.sample(TASKS, self.num_questions):  # in any order
-            question = sample_question(scene, task, rng, encode_mask)
+            question = sample_question(scene, task, rng, self.vqvae.encode_masks)
             prefix = processor.encode_prefix(question.prompt)
             rows.append((prefix, processor.encode_suffix(question.answer)))
         return item | pack_questions(rows, processor.num_image_tokens)

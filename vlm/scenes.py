@@ -21,8 +21,8 @@ from .processing import Box
 
 __all__ = [
     "TRAINING_STYLES", "VALIDATION_STYLE", "TEST_STYLE", "TRAINING_SEEDS",
-    "VALIDATION_SEEDS", "TEST_SEEDS", "ASSETS", "all_classes", "style_classes", "Scene",
-    "make_scene",
+    "VALIDATION_SEEDS", "TEST_SEEDS", "ASSETS", "all_classes", "with_article",
+    "style_classes", "Scene", "make_scene",
 ]  # fmt: skip
 
 STYLES = ("fluent", "noto")  # what scenes show unless another style is asked for
@@ -36,25 +36,17 @@ TEST_SEEDS = range(4 * 10**9, 4 * 10**9 + 500)
 ASSETS = files("vlm") / "assets"
 
 
-@dataclass(frozen=True)
-class ObjectClass:
-    """An object class: its English name and plural."""
-
-    name: str
-    plural: str
-
-    @property
-    def with_article(self) -> str:
-        """`a pizza`, `an owl`; by sound: `a unicorn`, `an hourglass`."""
-        an = self.name == "hourglass" or self.name[0] in "aeiou"
-        return f"{'an' if an and self.name != 'unicorn' else 'a'} {self.name}"
-
-
 @cache
-def all_classes() -> dict[str, ObjectClass]:
-    """The hundred object classes by name, in alphabetical order."""
+def all_classes() -> dict[str, str]:
+    """The hundred object classes, name → plural, in alphabetical order."""
     rows = json.loads((ASSETS / "stickers/kinds.json").read_text(encoding="utf-8"))
-    return {row["name"]: ObjectClass(row["name"], row["plural"]) for row in rows}
+    return {row["name"]: row["plural"] for row in rows}
+
+
+def with_article(name: str) -> str:
+    """`a pizza`, `an owl`; by sound: `a unicorn`, `an hourglass`."""
+    an = name == "hourglass" or (name[0] in "aeiou" and name != "unicorn")
+    return f"{'an' if an else 'a'} {name}"
 
 
 def _sticker_path(label: str, style: str):
@@ -65,17 +57,15 @@ def _sticker_path(label: str, style: str):
 def style_classes(*styles: str) -> tuple[str, ...]:
     """Names of the classes that all these styles draw; ValueError for another style."""
     if unknown := set(styles) - set(ALL_STYLES):
-        raise ValueError(
-            f"unknown style {min(unknown)!r}: expected one of {ALL_STYLES}"
-        )
+        raise ValueError(f"unknown style {min(unknown)!r}: not one of {ALL_STYLES}")
     names = all_classes()
     return tuple(n for n in names if all(_sticker_path(n, s).is_file() for s in styles))
 
 
 @cache
-def load_sticker(label: str, style: str) -> Image.Image:
-    """A sticker in RGBA, cropped; FileNotFoundError if the style doesn't draw it."""
-    return Image.open(_sticker_path(label, style)).convert("RGBA")
+def load_sticker(label: str, style: str, mode: str = "RGBA") -> Image.Image:
+    """A sticker, cropped; "RGBa": premultiplied. FileNotFoundError if not drawn."""
+    return Image.open(_sticker_path(label, style)).convert("RGBA").convert(mode)
 
 
 @dataclass(frozen=True)
@@ -141,13 +131,6 @@ def _fits(candidate: Box, others: Sequence[Box]) -> bool:
     )
 
 
-def _random_pose(sizes: tuple[float, float], rng: random.Random) -> tuple:
-    """A center (x, y), a log-uniform size, an angle, and whether to flip."""
-    x, y = rng.random(), rng.random()
-    size = math.exp(rng.uniform(math.log(sizes[0]), math.log(sizes[1])))
-    return x, y, size, rng.uniform(-15, 15), rng.random() < 0.5  # nearly upright
-
-
 def _augment(place: Placement, rng: random.Random) -> Placement:
     """The same sticker stretched and recolored."""
     any_hue = rng.random() < 0.3  # so that no class is known by its color alone
@@ -187,7 +170,10 @@ def plan_scene(
         label = rng.choice(placements).label if repeat else rng.choice(names)
         style, boxes = rng.choice(styles), [*map(_rotated_box, placements)]
         for _ in range(20):  # tries to find room; then the image is full enough
-            place = Placement(label, style, *_random_pose(sizes, rng))
+            x, y = rng.random(), rng.random()
+            size = math.exp(rng.uniform(*map(math.log, sizes)))  # log-uniform
+            angle, flip = rng.uniform(-15, 15), rng.random() < 0.5  # nearly upright
+            place = Placement(label, style, x, y, size, angle, flip)
             if augment_prob and rng.random() >= 1 - augment_prob:
                 place = _augment(place, rng)
             if _fits(_rotated_box(place), boxes):
@@ -248,16 +234,10 @@ def _recolor(sticker: Image.Image, place: Placement) -> Image.Image:
     return ImageEnhance.Brightness(sticker).enhance(place.brightness)
 
 
-@cache
-def _premultiplied(label: str, style: str) -> Image.Image:
-    """A sticker with its colors multiplied by alpha, ready to be resized."""
-    return load_sticker(label, style).convert("RGBa")
-
-
 def _draw_sticker(place: Placement, image_size: int) -> tuple[Image.Image, int, int]:
     """A sticker resized, recolored, flipped and rotated; its left and top."""
     size = tuple(max(1, round(side * image_size)) for side in _drawn_size(place))
-    sticker = _premultiplied(place.label, place.style)
+    sticker = load_sticker(place.label, place.style, "RGBa")
     sticker = sticker.resize(size, Image.Resampling.BILINEAR).convert("RGBA")
     sticker = _recolor(sticker, place)
     if place.flip:

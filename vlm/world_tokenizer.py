@@ -13,26 +13,27 @@ from tokenizers.pre_tokenizers import Split
 from tokenizers.trainers import BpeTrainer
 
 from .processing import EXTRA_TOKENS
-from .questions import EMPTY_CAPTION, caption_question, relation_questions
+from .questions import EMPTY_CAPTION, make_question, relation_questions
 from .scenes import TRAINING_SEEDS, all_classes, make_scene
 
 __all__ = ["tokenizer_corpus", "train_tokenizer"]
 
 
-def tokenizer_corpus(num_scenes: int, seed: int = 0) -> Iterator[str]:
+def tokenizer_corpus(num_scenes: int) -> Iterator[str]:
     """The sentences of this world, without loc and seg tokens.
 
     Every class in every prompt, then captions and relations of `num_scenes` scenes.
     """
-    rng = random.Random(seed)
-    for one in all_classes().values():
-        yield f"detect {one.name} ; {one.name}\n"
-        yield f"segment {one.name} ; {one.name}\n"
-        yield f"answer en how many {one.plural} are there?\n"
-        yield f"answer en is there {one.with_article}?\n"
+    rng = random.Random(0)
+    scene = make_scene(0, image_size=32)  # any: only the prompts are wanted
+    for name in all_classes():
+        yield f"detect {name} ; {name}\n"
+        yield f"segment {name} ; {name}\n"
+        for task in ("count", "presence"):
+            yield make_question(scene, task, name).prompt + "\n"
     for _ in range(num_scenes):
         scene = make_scene(rng.choice(TRAINING_SEEDS), image_size=32)
-        for question in [caption_question(scene), *relation_questions(scene)]:
+        for question in [make_question(scene, "caption"), *relation_questions(scene)]:
             yield f"{question.prompt}\n"
             yield question.answer
     yield EMPTY_CAPTION
@@ -65,10 +66,8 @@ def train_tokenizer(sentences: Iterable[str], num_pieces: int = 1024) -> Tokeniz
     tokenizer = Tokenizer(learner.model)  # here byte tokens are ordinary vocabulary
     tokenizer.normalizer = learner.normalizer
     tokenizer.pre_tokenizer = learner.pre_tokenizer
-    to_spaces = decoders.Replace("▁", " ")
-    tokenizer.decoder = decoders.Sequence(
-        [to_spaces, decoders.ByteFallback(), decoders.Fuse()]
-    )
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps)
     tokenizer.add_special_tokens(SPECIAL_TOKENS)
     *added, image_token = EXTRA_TOKENS
     # Not normalized: found in the raw text, before it is split into words.
