@@ -68,8 +68,8 @@ def test_a_chapter_is_read_in_half_an_hour(path):
 
 
 LINES = {"training": 350, "pretraining": 350, "mask_training": 120}
-# The aim is 6,000 lines and about 100 names: lower both as the house shrinks.
-TOTAL, PUBLIC_NAMES = 7500, 172
+# The aims are 6,000 lines and about 100 names: lower both as the house shrinks.
+TOTAL, PUBLIC_NAMES = 7040, 123
 
 
 def count_lines(path: Path) -> int:
@@ -81,10 +81,24 @@ def test_a_module_is_one_room(path):
     assert count_lines(path) <= LINES.get(path.stem, 400), path.name
 
 
+def imported_names(path: Path) -> set[tuple[str, str]]:
+    """(module, name) of all that a module takes from others of the package."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    names = {(node.module, alias.name) for node in found for alias in node.names}
+    for node in ast.walk(tree):  # the lazy table of the package
+        if isinstance(node, ast.keyword) and node.arg == "submod_attrs":
+            table = ast.literal_eval(node.value)
+            names |= {(module, name) for module, own in table.items() for name in own}
+    return names
+
+
 def test_the_package_stays_small():
     assert sum(map(count_lines, ROOT.glob("vlm/*.py"))) <= TOTAL
-    modules = [importlib.import_module(f"vlm.{path.stem}") for path in MODULES]
-    public = [name for module in modules for name in getattr(module, "__all__", ())]
+    public = imported_names(ROOT / "vlm" / "__init__.py")
+    for path in MODULES:  # beside the contract, what later chapters import
+        names, chapter = imported_names(path), BUILT_IN[path.stem]
+        public |= {(m, name) for m, name in names if BUILT_IN.get(m) != chapter}
     assert len(public) <= PUBLIC_NAMES
 
 

@@ -12,12 +12,12 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm.detection import parse_detections
+from vlm.detokenizer import IncrementalDetokenizer
 from vlm.kv_cache import KVCache
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import EXTRA_TOKENS
 from vlm.sampling import (
     GenerationConfig,
-    IncrementalDetokenizer,
     apply_temperature,
     decode_one_token,
     generate,

@@ -11,10 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .detokenizer import IncrementalDetokenizer
 from .images import ImageLike
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import PaliGemmaProcessor
-from .sampling import Generation, IncrementalDetokenizer, generate_tokens
+from .sampling import Generation, generate_tokens
 
 
 @dataclass(frozen=True, eq=False)
