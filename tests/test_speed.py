@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 from reference import pair, random_inputs, tiny_config
-from test_sampling import Letters, ids_of, prompts
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
-from vlm.sampling import decode_one_token, generate, generate_tokens
+from vlm.sampling import decode_one_token, generate
 from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.speed import FEW_ROWS, Int8Linear, quantize_int8
 from vlm.weights import load_hf_model, make_processor, save_hf_model
@@ -157,33 +156,43 @@ def test_a_decoder_alone_and_nothing_left():
         quantize_int8(decoder)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def three_rows(model, tokenizer):
+    """Ragged prompts about one scene."""
+    processor = make_processor(model, tokenizer)
+    texts = ["caption en", "detect owl ; horse ; rocket", "segment horse"]
+    return processor(texts, [make_scene(VALIDATION_SEEDS[0]).image])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_generates(dtype, cache):
-    model = pair()[0].to(dtype)
-    model.tie_weights()
+def test_it_writes_the_same_with_every_cache(dtype):
+    model, tokenizer = load_hf_model(device="cpu", dtype=dtype)
+    inputs = three_rows(model, tokenizer)
     quantize_int8(model)
-    settings = dict(max_new_tokens=9, cache=cache)
-    rows = generate_tokens(model, Letters(), prompts(model), **settings)
-    assert [len(row.token_ids) for row in rows] == [9, 9, 9]
-    assert all(0 < p <= 1 for row in rows for p in row.probabilities)
+    dynamic, static = (
+        generate(model, tokenizer, inputs, max_new_tokens=30, cache=cache)
+        for cache in ("dynamic", "static")
+    )
+    # bfloat16 has near ties among mask codes, which empty slots may tip over.
+    same = 3 if dtype == torch.float32 else 1
+    assert dynamic[:same] == static[:same]
+    assert dynamic[0] == "two rockets, a horse and a balloon"
+    assert "<loc" in dynamic[1] and "<seg" in dynamic[2]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()  # type checks hide from the decorator that token_steps is a generator
 def test_the_compiled_step_takes_it(dtype, no_type_checks, monkeypatch):
-    model = pair()[0].to(dtype)
-    model.tie_weights()
+    model, tokenizer = load_hf_model(device="cpu", dtype=dtype)
+    inputs = three_rows(model, tokenizer)
     quantize_int8(model)
     counter = CompileCounter()
     compiled = torch.compile(
         decode_one_token, backend=counter, fullgraph=True, dynamic=False
     )
     monkeypatch.setattr("vlm.sampling.compiled_decode_step", lambda: compiled)
-    inputs, settings = prompts(model), dict(max_new_tokens=9)
-    expected = generate_tokens(model, Letters(), inputs, cache="static", **settings)
-    rows = generate_tokens(model, Letters(), inputs, compile=True, **settings)
-    assert ids_of(rows) == ids_of(expected)
+    settings = dict(max_new_tokens=30)
+    expected = generate(model, tokenizer, inputs, cache="static", **settings)
+    assert generate(model, tokenizer, inputs, compile=True, **settings) == expected
     assert counter.frame_count == 1
 
 
