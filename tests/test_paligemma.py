@@ -21,6 +21,7 @@ from vlm.kv_cache import KVCache, StaticKVCache
 from vlm.masks import make_attn_mask
 from vlm.paligemma import PaliGemmaForConditionalGeneration, next_token_loss
 from vlm.processing import PaliGemmaProcessor
+from vlm.sampling import decode_one_token
 
 CONFIGS = {
     "mqa": dict(),
@@ -516,12 +517,13 @@ def test_no_pass_waits_for_a_gpu(model, cache, monkeypatch):
     kv_cache = KVCache()
     if cache == "static":
         kv_cache = StaticKVCache(model.config.text_config, 2, 12)
-    mask = torch.ones(2, 10, dtype=torch.long)
+    ids, positions = torch.ones(2, dtype=torch.long), torch.full((2, 1), 9)
+    mask = torch.ones(2, 1, 1, 12 if cache == "static" else 10, dtype=torch.bool)
     with ReadsNothing():
         model(**train)["loss"].backward()
         with torch.no_grad():
             model(**inputs, kv_cache=kv_cache, logits_to_keep=1)
-            model(mask[:, :1], attention_mask=mask, kv_cache=kv_cache)
+            decode_one_token(model, ids, positions, mask, kv_cache)
     model.zero_grad()
 
 

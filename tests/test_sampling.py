@@ -349,6 +349,8 @@ def test_seeds(model):
     assert generate(model, Letters(), inputs, seed=3, **drawn) == first
     assert generate(model, Letters(), inputs, seed=3, cache="static", **drawn) == first
     assert generate(model, Letters(), inputs, seed=4, **drawn) != first
+    generate(model, Letters(), inputs, max_new_tokens=2)  # greedy draws nothing
+    assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(0)
     unseeded = [generate(model, Letters(), inputs, **drawn) for _ in range(2)]
     assert unseeded[0] != unseeded[1]

@@ -27,13 +27,13 @@ PALE_COLORS = ("#E69F00", "#56B4E9", "#F0E442")  # black letters on these
 class Detection:
     """An object: label, box (x0, y0, x1, y1) in the image's pixels, score in 0…1.
 
-    `codes`: those of its mask, where the answer has seg tokens; pixels in chapter 29.
+    `codes`: the sixteen of its mask, where there are seg tokens; pixels in chapter 29.
     """
 
     label: str
     box: Box
     score: float = 1.0
-    codes: Sequence[int] | None = field(default=None, repr=False, compare=False)
+    codes: list | None = field(default=None, repr=False, compare=False)
 
 
 class ParsedObjects(list):

@@ -247,13 +247,15 @@ def token_steps(
         sizes = batch, capacity, device, model.dtype
         kv_cache = StaticKVCache(model.config.text_config, *sizes)
     how = settings.do_sample, settings.temperature, settings.top_k, settings.top_p
-    uniform = uniform_numbers(settings.seed, limit, batch).to(device)  # [limit, B]
+    draws = [None] * limit
+    if settings.do_sample:
+        draws = uniform_numbers(settings.seed, limit, batch).to(device)  # [limit, B]
     image_id = model.config.image_token_index
     logits = prefill(model, inputs, kv_cache)  # [B, V]
     for step in range(limit):
         # No picture in an answer. (An id outside the embedding table: an empty slice.)
         logits[:, image_id : image_id + 1] = -inf
-        token_ids, probabilities = sample_next_token(logits, *how, uniform[step])
+        token_ids, probabilities = sample_next_token(logits, *how, draws[step])
         # The step's one transfer; as float32, ids are exact up to 2^24.
         ids, chances = torch.stack([token_ids.float(), probabilities]).tolist()
         if any(map(isnan, chances)):
