@@ -10,6 +10,7 @@ first side is faster, or takes more memory.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import subprocess
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +26,8 @@ from transformers import PaliGemmaForConditionalGeneration as Reference
 from transformers.utils import logging
 
 from vlm import (
+    GemmaConfig,
+    GemmaForCausalLM,
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
     generate,
@@ -31,10 +35,12 @@ from vlm import (
     save_hf_model,
 )
 from vlm.hub import find_checkpoint
+from vlm.questions import caption
 from vlm.scenes import VALIDATION_SEEDS, make_scene
+from vlm.speed import quantize_int8
 from vlm.weights import make_processor
 
-NEW_TOKENS = 32
+NEW_TOKENS = 48
 
 # Linux keeps a process's own peak in VmHWM; ru_maxrss starts at its parent's there.
 PEAK_MEMORY = """
@@ -69,12 +75,18 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def step_seconds(write: Callable[[int], object]) -> float:
+    """Seconds of a decode step: all tokens less one, which is prefill and the rest."""
+    both = seconds(lambda: write(NEW_TOKENS)) - seconds(lambda: write(1))
+    return both / (NEW_TOKENS - 1)
+
+
 def compare(
-    name: str, ours: Callable[[], object], other: Callable[[], object], rounds: int
+    name: str, ours: Callable, other: Callable, rounds: int, clock: Callable = seconds
 ) -> dict[str, float | str]:
     """Time both in turns, after one warm-up of each; `ratio` is other / ours."""
-    ours(), other()
-    pairs = [(seconds(ours), seconds(other)) for _ in range(rounds)]
+    clock(ours), clock(other)
+    pairs = [(clock(ours), clock(other)) for _ in range(rounds)]
     ratios = [b / a for a, b in pairs]
     return {
         "name": name,
@@ -107,12 +119,12 @@ def speed(folder: Path, rounds: int) -> list[dict[str, float | str]]:
     def typed(inputs: dict) -> dict:
         return inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
 
-    def write(inputs: dict, cache: str = "dynamic") -> object:
-        never = {"max_new_tokens": NEW_TOKENS, "cache": cache}
-        return generate(model, Endless(tokenizer), inputs, **never)
+    def write(inputs: dict, num_new: int = NEW_TOKENS, **settings: object) -> object:
+        endless = Endless(tokenizer)
+        return generate(model, endless, inputs, max_new_tokens=num_new, **settings)
 
-    def write_reference(inputs: dict) -> object:
-        settings = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS}
+    def write_reference(inputs: dict, num_new: int = NEW_TOKENS) -> object:
+        settings = {"max_new_tokens": num_new, "min_new_tokens": num_new}
         return reference.generate(**typed(inputs), do_sample=False, **settings)
 
     def write_without_cache() -> None:
@@ -124,32 +136,31 @@ def speed(folder: Path, rounds: int) -> list[dict[str, float | str]]:
             mask = inputs["attention_mask"]
             inputs["attention_mask"] = torch.cat([mask, torch.ones_like(token)], dim=1)
 
-    steps = f"{NEW_TOKENS} tokens"
-    return [
+    rows = [
         compare(
             "prefill of 8, ours : transformers",
             lambda: model(**eight, logits_to_keep=1),
             lambda: reference(**typed(eight), logits_to_keep=1),
             rounds,
-        ),
-        compare(
-            f"{steps}, ours : transformers",
-            lambda: write(one),
-            lambda: write_reference(one),
-            rounds,
-        ),
-        compare(
-            f"{steps} of 8 rows, ours : transformers",
-            lambda: write(eight),
-            lambda: write_reference(eight),
-            rounds,
-        ),
+        )
+    ]
+    steps = f"{NEW_TOKENS} tokens"
+    for inputs, many in ((one, ""), (eight, " of 8 rows")):
+        theirs = partial(write_reference, inputs)
+        for how, compiled in (("", False), (" compiled", True)):
+            ours = partial(write, inputs, compile=compiled)
+            against = f"{many}, ours{how} : transformers"
+            rows += [
+                compare(f"a step{against}", ours, theirs, rounds, step_seconds),
+                compare(f"{steps}{against}", ours, theirs, rounds),
+            ]
+    return rows + [
         compare(
             f"{steps}, cache : none", lambda: write(one), write_without_cache, rounds
         ),
         compare(
             f"{steps}, static : dynamic cache",
-            lambda: write(one, "static"),
+            lambda: write(one, cache="static"),
             lambda: write(one),
             rounds,
         ),
@@ -163,6 +174,58 @@ def speed(folder: Path, rounds: int) -> list[dict[str, float | str]]:
             rounds,
         ),
     ]
+
+
+@torch.no_grad()
+def int8(rounds: int) -> list[dict[str, float | str]]:
+    """A step through one layer of the 3B's decoder: int8 against bfloat16."""
+    layer = GemmaConfig(num_hidden_layers=1, vocab_size=256)
+    plain = GemmaForCausalLM(layer).bfloat16().eval()
+    quantized = copy.deepcopy(plain)
+    quantize_int8(quantized)
+
+    def step(decoder: GemmaForCausalLM, batch: int) -> Callable[[], object]:
+        states = torch.randn(batch, 1, layer.hidden_size).bfloat16()  # [B, T=1, D]
+        positions = torch.zeros(batch, 1, dtype=torch.long)  # [B, T]
+        return lambda: decoder.model(states, None, positions)
+
+    return [
+        compare(f"a layer of the 3B, {n} rows, int8 : bfloat16",
+                step(quantized, n), step(plain, n), rounds)
+        for n in (1, 8)
+    ]  # fmt: skip
+
+
+def training(folder: Path, rounds: int) -> dict[str, float | str]:
+    """A step of AdamW on the captions of 16 pictures, the same loss in both."""
+    model, tokenizer = load_hf_model(folder, "cpu")
+    reference = Reference.from_pretrained(folder)
+    processor = make_processor(model, tokenizer)
+    scenes = [make_scene(seed, processor.image_size) for seed in VALIDATION_SEEDS[:16]]
+    batch = processor(
+        ["caption en"] * 16,
+        [scene.image for scene in scenes],
+        [caption(scene) for scene in scenes],
+    )
+
+    def trainer(model: torch.nn.Module) -> Callable[[], torch.Tensor]:
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+
+        def step() -> torch.Tensor:
+            loss = model(**batch)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return step
+
+    ours, other = trainer(model), trainer(reference)
+    torch.testing.assert_close(ours(), other(), atol=1e-4, rtol=1e-4)
+    name = "training on 16 pictures, ours : transformers"
+    row = compare(name, ours, other, rounds)
+    return row | {"pictures_per_second": 16e3 / row["milliseconds"]}
 
 
 def startup(rounds: int) -> dict[str, float | str]:
@@ -226,13 +289,15 @@ def main() -> None:
     logging.disable_progress_bar()
     folder = find_checkpoint(arguments.model_path)
 
-    rows = [startup(arguments.rounds), *speed(folder, arguments.rounds)]
+    rounds = arguments.rounds
+    rows = [startup(rounds), *speed(folder, rounds), *int8(rounds)]
+    rows.append(training(folder, rounds))
     threads = torch.get_num_threads()
     print(f"{folder.name}, CPU, {threads} threads, torch {torch.__version__}")
-    print(f"{'':44}{'ms':>9}{'other ms':>10}{'ratio':>8}   lowest … highest")
+    print(f"{'':50}{'ms':>9}{'other ms':>10}{'ratio':>8}   lowest … highest")
     for row in rows:
         print(
-            f"{row['name']:44}{row['milliseconds']:9.1f}"
+            f"{row['name']:50}{row['milliseconds']:9.1f}"
             f"{row['other_milliseconds']:10.1f}{row['ratio']:8.2f}"
             f"   {row['lowest']:.2f} … {row['highest']:.2f}"
         )
