@@ -83,8 +83,8 @@ class StaticKVCache:
 
     The first pass gets its own keys and values back. Each later one gets the whole
     buffers: shapes never change, and the attention mask says which of the `max_length`
-    slots count. The number of tokens is a tensor, `position`, so that a compiled step
-    or a CUDA graph can count on. Like `KVCache`, for inference.
+    slots count. The number of tokens is a tensor, `position`, which a compiled step or
+    a CUDA graph moves on by itself. Like `KVCache`, for inference.
     """
 
     def __init__(
