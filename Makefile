@@ -20,7 +20,7 @@ export PYDEVD_DISABLE_FILE_VALIDATION := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv book test demo lab export bench full-size check-book clean-notebooks format clean
+.PHONY: help venv book test test-gpu demo lab export bench full-size check-book clean-notebooks format clean
 
 help: ## Show this list
 	@awk 'BEGIN { FS = ":.*## " } \
@@ -49,6 +49,9 @@ test: $(READY) ## Check the style, run the tests and every notebook
 	@echo "== every notebook, from top to bottom"
 	@$(PY) tools/forget_stale_outputs.py
 	$(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks
+
+test-gpu: $(READY) ## On a machine with a CUDA GPU: the tests that need it
+	$(PY) -m pytest -m gpu
 
 check-book: $(READY) ## Test the built book: links, no outside request, real browser
 	$(PY) -m pytest tests/test_book.py
