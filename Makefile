@@ -12,6 +12,9 @@ DEMO_IMAGE ?= vlm/assets/examples/scene.png
 DEMO_PROMPT ?= detect owl
 DEMO_OUTPUT ?= demo.png
 
+# Where `make bench` measures: cpu or cuda.
+DEVICE ?= cpu
+
 # Quiet, repeatable kernels: no progress bars, no warnings about forks and debuggers.
 export TQDM_DISABLE := 1
 export HF_HUB_DISABLE_PROGRESS_BARS := 1
@@ -67,7 +70,7 @@ export: $(READY) ## Write vlm/*.py from the notebooks
 	$(PY) tools/export.py
 
 bench: $(READY) ## Measure speed and memory against transformers
-	$(PY) benchmarks/run.py
+	$(PY) benchmarks/run.py --device $(DEVICE)
 
 full-size: $(READY) ## Check a random 3B checkpoint: 7 GB of disk, 18 GB of memory
 	$(PY) tools/check_full_size.py

@@ -1,6 +1,6 @@
 """Speed and memory against transformers, as ratios measured in one run.
 
-    python benchmarks/run.py [--model_path FOLDER] [--rounds 5] [--output numbers.json]
+    python benchmarks/run.py [--model_path FOLDER] [--device cuda] [--output FILE.json]
 
 Both models load the same checkpoint. The two sides of each comparison take turns, so
 that a machine that slows down slows both, and the middle ratio is reported. Above 1 the
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import platform
 import statistics
 import subprocess
 import sys
@@ -69,9 +70,12 @@ LOAD_REFERENCE = "Model.from_pretrained(sys.argv[1])"
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
+    """Wall-clock seconds of one call, with all that it asks of a GPU."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    wait()
     start = time.perf_counter()
     work()
+    wait()
     return time.perf_counter() - start
 
 
@@ -107,14 +111,15 @@ def peak_memory(load: str, folder: Path) -> float:
 
 
 @torch.no_grad()
-def speed(folder: Path, rounds: int) -> list[dict[str, float | str]]:
+def speed(folder: Path, rounds: int, device: str) -> list[dict[str, float | str]]:
     """Prefill and generation, ours against transformers' and against ourselves."""
-    model, tokenizer = load_hf_model(folder, "cpu")
-    reference = Reference.from_pretrained(folder).eval()
+    model, tokenizer = load_hf_model(folder, device)
+    reference = Reference.from_pretrained(folder, dtype=model.dtype).to(device).eval()
     processor = make_processor(model, tokenizer)
     scenes = [make_scene(seed, processor.image_size) for seed in VALIDATION_SEEDS[:8]]
     one = processor(["caption en"], [scenes[0].image])
     eight = processor(["caption en"] * 8, [scene.image for scene in scenes])
+    one, eight = to(one, model), to(eight, model)
 
     def typed(inputs: dict) -> dict:
         return inputs | {"token_type_ids": torch.zeros_like(inputs["input_ids"])}
@@ -177,16 +182,17 @@ def speed(folder: Path, rounds: int) -> list[dict[str, float | str]]:
 
 
 @torch.no_grad()
-def int8(rounds: int) -> list[dict[str, float | str]]:
+def int8(rounds: int, device: str) -> list[dict[str, float | str]]:
     """A step through one layer of the 3B's decoder: int8 against bfloat16."""
     layer = GemmaConfig(num_hidden_layers=1, vocab_size=256)
-    plain = GemmaForCausalLM(layer).bfloat16().eval()
+    plain = GemmaForCausalLM(layer).to(device, torch.bfloat16).eval()
     quantized = copy.deepcopy(plain)
     quantize_int8(quantized)
 
     def step(decoder: GemmaForCausalLM, batch: int) -> Callable[[], object]:
-        states = torch.randn(batch, 1, layer.hidden_size).bfloat16()  # [B, T=1, D]
-        positions = torch.zeros(batch, 1, dtype=torch.long)  # [B, T]
+        states = torch.randn(batch, 1, layer.hidden_size)  # [B, T=1, D]
+        states = states.to(device, torch.bfloat16)
+        positions = torch.zeros(batch, 1, dtype=torch.long, device=device)  # [B, T]
         return lambda: decoder.model(states, None, positions)
 
     return [
@@ -196,10 +202,10 @@ def int8(rounds: int) -> list[dict[str, float | str]]:
     ]  # fmt: skip
 
 
-def training(folder: Path, rounds: int) -> dict[str, float | str]:
+def training(folder: Path, rounds: int, device: str) -> dict[str, float | str]:
     """A step of AdamW on the captions of 16 pictures, the same loss in both."""
-    model, tokenizer = load_hf_model(folder, "cpu")
-    reference = Reference.from_pretrained(folder)
+    model, tokenizer = load_hf_model(folder, device)
+    reference = Reference.from_pretrained(folder, dtype=model.dtype).to(device)
     processor = make_processor(model, tokenizer)
     scenes = [make_scene(seed, processor.image_size) for seed in VALIDATION_SEEDS[:16]]
     batch = processor(
@@ -207,6 +213,7 @@ def training(folder: Path, rounds: int) -> dict[str, float | str]:
         [scene.image for scene in scenes],
         [caption(scene) for scene in scenes],
     )
+    batch = to(batch, model)
 
     def trainer(model: torch.nn.Module) -> Callable[[], torch.Tensor]:
         model.train()
@@ -238,6 +245,24 @@ def startup(rounds: int) -> dict[str, float | str]:
 
     show_help = python("-m", "vlm.inference", "--help")
     return compare("bare Python : --help", python("-c", "pass"), show_help, rounds)
+
+
+def to(inputs: dict, model: PaliGemmaForConditionalGeneration) -> dict:
+    """The inputs on the model's device, the pixels in its dtype."""
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    return inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}
+
+
+def machine(device: str) -> str:
+    """What it is measured on."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    model = named[0] if named else platform.processor() or platform.machine()
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{model}, {capability}, {torch.get_num_threads()} threads"
 
 
 class Endless:
@@ -284,16 +309,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model_path", help="default: the embedded checkpoint")
     parser.add_argument("--rounds", type=int, default=5, help="timings of each side")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--output", type=Path, help="write the numbers here, as JSON")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     folder = find_checkpoint(arguments.model_path)
 
-    rounds = arguments.rounds
-    rows = [startup(rounds), *speed(folder, rounds), *int8(rounds)]
-    rows.append(training(folder, rounds))
-    threads = torch.get_num_threads()
-    print(f"{folder.name}, CPU, {threads} threads, torch {torch.__version__}")
+    rounds, device = arguments.rounds, arguments.device
+    rows = [startup(rounds), *speed(folder, rounds, device), *int8(rounds, device)]
+    rows.append(training(folder, rounds, device))
+    where = f"{folder.name} on {machine(device)}, torch {torch.__version__}"
+    print(where)
     print(f"{'':50}{'ms':>9}{'other ms':>10}{'ratio':>8}   lowest … highest")
     for row in rows:
         print(
@@ -306,7 +332,7 @@ def main() -> None:
     print(f"\npeak memory to load and read a file of {size}, in file sizes")
     print(f"  ours {needed['ours']:.2f}, transformers {needed['transformers']:.2f}")
     if arguments.output:
-        numbers = {"threads": threads, "speed": rows, "memory": needed}
+        numbers = {"machine": where, "speed": rows, "memory": needed}
         text = json.dumps(numbers, indent=2) + "\n"
         arguments.output.write_text(text, encoding="utf-8")
 
