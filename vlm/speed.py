@@ -49,7 +49,7 @@ class Int8Linear(nn.Module):
 
 
 def quantize_int8(model: nn.Module) -> None:
-    """Replace the linear layers of the decoder's blocks by `Int8Linear`s, in place.
+    """Replace each linear layer of the decoder's blocks by an `Int8Linear`, in place.
 
     `model`: a PaliGemma, or its decoder alone. Embedding, output head, norms, projector
     and vision tower stay as they are. Raises ValueError where none is left to replace.
