@@ -4,7 +4,8 @@
 
 Both models load the same checkpoint. The two sides of each comparison take turns, so
 that a machine that slows down slows both, and the middle ratio is reported. Above 1 the
-first side is faster, or takes more memory.
+first side is faster, or takes more memory. `speed.json` has a quiet machine's numbers,
+on one thread.
 """
 
 from __future__ import annotations
