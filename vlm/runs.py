@@ -55,7 +55,7 @@ def open_run(
     """The state from which the run that makes `output` goes on, or a new one starts.
 
     Refuses to overwrite a result or a run, and to resume one with other settings, but
-    for those in FREE and in `free`.
+    for those in FREE and in `free`. Tensors stay in the file: copy what is to be kept.
     Raises FileExistsError, FileNotFoundError or ValueError.
     """
     path = run_folder(output) / STATE_FILE if output else None
@@ -69,7 +69,7 @@ def open_run(
         return {"step": 0, "settings": settings, "log": []}
     if not path or not path.exists():
         raise FileNotFoundError(f"no saved run for output {output}: leave --resume out")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     saved = state["settings"]
     other = [
         f"{name} {saved.get(name)!r}, not {value!r}"

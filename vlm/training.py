@@ -3,6 +3,7 @@
 Built in notebooks/20_training.ipynb: edit it there, then run `make export`.
 """
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -241,7 +242,7 @@ def train(
             tensor.copy_(state["trained"][name])
         torch.set_rng_state(state["generator"])
         for name, part in stateful.items():
-            part.load_state_dict(state[name])
+            part.load_state_dict(copy.deepcopy(state[name]))
     log, output = state["log"], output if main else None  # one writes
     del state  # three times the weights
     write_log(output, log)
