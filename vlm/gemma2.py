@@ -90,11 +90,11 @@ class Gemma2Model(GemmaModel):
         past = 0  # counts where several new tokens attend to each other
         if kv_cache is not None and (attention_mask is None or num_new > 1):
             past = kv_cache.num_items()
-        mask = attention_mask
-        if mask is None:  # all attend to all
-            mask = inputs_embeds.new_ones(batch, 1, num_new, past + num_new).bool()
-        window = self.config.sliding_window or mask.shape[-1]  # None: all
-        windowed = sliding_window_mask(mask, window, past)
+        windowed, window = attention_mask, self.config.sliding_window
+        if windowed is None and window is not None and past + num_new > window:
+            windowed = inputs_embeds.new_ones(batch, 1, num_new, past + num_new).bool()
+        if windowed is not None and window is not None:
+            windowed = sliding_window_mask(windowed, window, past)
         masks = {"sliding_attention": windowed, "full_attention": attention_mask}
         return [masks[kind] for kind in self.config.layer_types]
 

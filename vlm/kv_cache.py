@@ -136,11 +136,11 @@ class StaticKVCache:
         """
         keys, values = self._buffers[layer_idx]  # [B, K, max_length, Dh] each
         _require_same_batch(keys, key_states)
-        new = torch.arange(key_states.shape[2], device=keys.device)  # [T]
-        keys.index_copy_(2, self.position + new, key_states)
-        values.index_copy_(2, self.position + new, value_states)
+        slots = self.position + torch.arange(key_states.shape[2], device=keys.device)
+        keys.index_copy_(2, slots, key_states)
+        values.index_copy_(2, slots, value_states)
         is_first, is_last = self._is_empty, layer_idx == len(self._buffers) - 1
         if is_last:
-            self.position += len(new)
+            self.position += len(slots)
             self._is_empty = False
         return (key_states, value_states) if is_first else (keys, values)
