@@ -36,16 +36,20 @@ def load(dtype, device=None):
     return model, tokenizer, make_processor(model, tokenizer)
 
 
-def scene_inputs(processor, prompts=PROMPTS):
-    scenes = [make_scene(seed, processor.image_size) for seed in VALIDATION_SEEDS]
-    return processor(prompts, [scene.image for scene in scenes[: len(prompts)]])
+def scene_inputs(model, processor, prompts=PROMPTS, answers=None):
+    """Questions about validation scenes, on the model's device and in its dtype."""
+    seeds = VALIDATION_SEEDS[: len(prompts)]
+    images = [make_scene(seed, processor.image_size).image for seed in seeds]
+    inputs = processor(prompts, images, answers)
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    return inputs | {"pixel_values": inputs["pixel_values"].to(model.dtype)}
 
 
 def test_the_texts_are_the_cpus(no_type_checks):
     texts = {}
     for device in ("cpu", DEVICE):
         model, tokenizer, processor = load("float32", device)
-        inputs = scene_inputs(processor)
+        inputs = scene_inputs(model, processor)
         texts[device] = generate(model, tokenizer, inputs, max_new_tokens=60)
     assert texts[DEVICE] == texts["cpu"]
 
@@ -56,11 +60,9 @@ def test_bfloat16_logits_are_transformers(no_type_checks):
     theirs = transformers.PaliGemmaForConditionalGeneration.from_pretrained(
         EMBEDDED, dtype=torch.bfloat16
     ).to(DEVICE)
-    inputs = scene_inputs(processor)
-    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
+    inputs = scene_inputs(model, processor)
     types = torch.zeros_like(inputs["input_ids"])
     ours = model(**inputs, logits_to_keep=1)["logits"].float()
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     expected = theirs(**inputs, token_type_ids=types, logits_to_keep=1).logits.float()
     error = (ours - expected).square().mean().sqrt() / expected.std()
     assert error < 0.02  # bfloat16 has 8 bits
@@ -73,7 +75,7 @@ def test_a_step_waits_once(cache, do_sample, no_type_checks):
         pytest.skip("only CUDA reports where Python waits for it")
     model, _, processor = load("float32")
     settings = GenerationConfig(9, do_sample, top_k=40, top_p=0.9, seed=0, cache=cache)
-    steps = token_steps(model, scene_inputs(processor), settings)
+    steps = token_steps(model, scene_inputs(model, processor), settings)
     next(steps)
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -90,9 +92,7 @@ def test_a_step_waits_once(cache, do_sample, no_type_checks):
 def test_flash_attention_is_possible(no_type_checks):
     """Without padding there is no mask, and the fastest kernel may run."""
     model, _, processor = load("bfloat16")
-    inputs = scene_inputs(processor, ["caption en"] * 2)
-    inputs = {name: tensor.to(DEVICE) for name, tensor in inputs.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
+    inputs = scene_inputs(model, processor, ["caption en"] * 2)
     steps = token_steps(model, inputs, GenerationConfig(4))
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # or an error
         prefill(model, inputs, KVCache())
@@ -103,7 +103,7 @@ def test_flash_attention_is_possible(no_type_checks):
 @torch.no_grad()  # type checks hide from the decorator that token_steps is a generator
 def test_compiled_steps_write_the_same(no_type_checks):
     model, tokenizer, processor = load("float32")
-    inputs, limit = scene_inputs(processor), dict(max_new_tokens=40)
+    inputs, limit = scene_inputs(model, processor), dict(max_new_tokens=40)
     plain = generate(model, tokenizer, inputs, **limit)
     for _ in range(3):  # a CUDA graph is recorded in the second run
         assert generate(model, tokenizer, inputs, compile=True, **limit) == plain
@@ -113,11 +113,8 @@ def test_training_in_bfloat16_learns(no_type_checks, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     model, _, processor = load("float32")
-    scenes = [make_scene(seed, processor.image_size) for seed in VALIDATION_SEEDS[:4]]
-    images = [scene.image for scene in scenes]
     answers = ["a striped owl", "two blue pizzas", "a tiny ball", "no idea"]
-    batch = processor(["caption en"] * 4, images, answers)
-    batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+    batch = scene_inputs(model, processor, ["caption en"] * 4, answers)
     accelerator = make_accelerator("bf16")
     objective, optimizer = accelerator.prepare(
         SuffixLoss(model), make_optimizer(model, 0.0)
@@ -134,7 +131,7 @@ def test_overflow_in_float16_is_said(no_type_checks):
     with torch.no_grad():
         model.language_model.model.norm.weight.fill_(60_000.0)
     with pytest.raises(FloatingPointError, match="float16.* dtype='float32'"):
-        generate(model, tokenizer, scene_inputs(processor), max_new_tokens=2)
+        generate(model, tokenizer, scene_inputs(model, processor), max_new_tokens=2)
 
 
 @pytest.mark.parametrize("prompt", ["caption en", "detect owl", "segment owl"])

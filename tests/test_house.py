@@ -21,6 +21,8 @@ import yaml
 from jupyter_cache import get_cache
 from nbformat.v4 import new_code_cell, new_notebook
 
+import vlm
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MODULES = sorted(p for p in (ROOT / "vlm").glob("*.py") if p.stem != "__init__")
@@ -85,17 +87,13 @@ def imported_names(path: Path) -> set[tuple[str, str]]:
     """(module, name) of all that a module takes from others of the package."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     found = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
-    names = {(node.module, alias.name) for node in found for alias in node.names}
-    for node in ast.walk(tree):  # the lazy table of the package
-        if isinstance(node, ast.keyword) and node.arg == "submod_attrs":
-            table = ast.literal_eval(node.value)
-            names |= {(module, name) for module, own in table.items() for name in own}
-    return names
+    return {(node.module, alias.name) for node in found for alias in node.names}
 
 
 def test_the_package_stays_small():
     assert sum(map(count_lines, ROOT.glob("vlm/*.py"))) <= TOTAL
-    public = imported_names(ROOT / "vlm" / "__init__.py")
+    contract = {name: getattr(vlm, name).__module__ for name in vlm.__all__}
+    public = {(module.removeprefix("vlm."), n) for n, module in contract.items()}
     for path in MODULES:  # beside the contract, what later chapters import
         names, chapter = imported_names(path), BUILT_IN[path.stem]
         public |= {(m, name) for m, name in names if BUILT_IN.get(m) != chapter}
