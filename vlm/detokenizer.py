@@ -21,10 +21,8 @@ class IncrementalDetokenizer:
         self.tokenizer = tokenizer
         special = zip(tokenizer.all_special_tokens, tokenizer.all_special_ids)
         self.hidden = {i for t, i in special if not t.startswith(("<loc", "<seg"))}
-        self.hidden |= {
-            tokenizer.eos_token_id,
-            tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
-        }
+        image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.hidden |= {tokenizer.eos_token_id, image_id}
         self.token_ids: list[int] = []  # of the last piece and what follows
         self.num_before, self.before = 0, ""  # those of it, and their text
 

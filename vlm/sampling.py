@@ -262,9 +262,8 @@ def token_steps(
             advice = "look for NaN in the weights and in pixel_values"
             if model.dtype == torch.float16:
                 advice = "if it overflows, load it with dtype='float32' or 'bfloat16'"
-            raise FloatingPointError(
-                f"logits are NaN or inf in {model.dtype}: {advice}"
-            )
+            what = f"logits are NaN or inf in {model.dtype}"
+            raise FloatingPointError(f"{what}: {advice}")
         yield [*map(int, ids)], chances
         if step + 1 < limit:
             mask = None
@@ -331,19 +330,13 @@ def check_inputs(model: PaliGemma, inputs: Inputs, settings: GenerationConfig) -
         )
 
 
-def generation_steps(
-    model: PaliGemma, tokenizer: Any, inputs: Inputs, settings: GenerationConfig
+def grow_rows(
+    tokenizer: Any, num_rows: int, steps: Iterator[tuple], settings: GenerationConfig
 ) -> Iterator[list[Generation]]:
-    """Yield all rows' Generations, grown by a token each time, until every row ended.
-
-    It is the same list every time. Raises ValueError, before any work, for inputs that
-    can't be continued.
-    """
-    check_inputs(model, inputs, settings)
-    rows = [Generation() for _ in inputs["input_ids"]]
+    """The rows' Generations, grown by a token with each of `token_steps`' steps."""
+    rows = [Generation() for _ in range(num_rows)]
     decoders = [IncrementalDetokenizer(tokenizer) for _ in rows]
-    running = set(range(len(rows)))
-    steps = token_steps(model, inputs, settings)
+    running = set(range(num_rows))
     for step, (token_ids, probabilities) in enumerate(steps, start=1):
         for i in sorted(running):
             row, token_id = rows[i], token_ids[i]
@@ -358,6 +351,18 @@ def generation_steps(
         yield rows
         if not running:
             return
+
+
+def generation_steps(
+    model: PaliGemma, tokenizer: Any, inputs: Inputs, settings: GenerationConfig
+) -> Iterator[list[Generation]]:
+    """All rows' Generations, grown by a token each time, until every row ended.
+
+    It is the same list every time. Raises at the call, as `check_inputs`.
+    """
+    check_inputs(model, inputs, settings)
+    steps = token_steps(model, inputs, settings)
+    return grow_rows(tokenizer, len(inputs["input_ids"]), steps, settings)
 
 
 def generate_tokens(
@@ -384,9 +389,7 @@ def stream(
     model: PaliGemma, tokenizer: Any, inputs: Inputs, **settings: Any
 ) -> Iterator[str]:
     """As `generate` for one row, yielding text as it is made; ValueError for more."""
-    chosen = GenerationConfig(**settings)
-    check_inputs(model, inputs, chosen)  # at the call, not at the first piece
+    steps = generation_steps(model, tokenizer, inputs, GenerationConfig(**settings))
     if (num_rows := len(inputs["input_ids"])) != 1:
         raise ValueError(f"stream takes one row, not {num_rows}: use generate")
-    steps = generation_steps(model, tokenizer, inputs, chosen)
     return (rows[0].pieces[-1] for rows in steps if rows[0].pieces[-1])

@@ -26,8 +26,7 @@ class Int8Linear(nn.Module):
         scales = weight.abs().amax(dim=1) / 127  # [out]
         scales = torch.where(scales == 0, 1, scales)  # a row of zeros
         # By the scale as rounded: what its dtype loses, the integers make good.
-        steps = weight / scales.float()[:, None]  # [out, in], float32
-        steps = steps.round_().clamp_(-127, 127)
+        steps = (weight / scales.float()[:, None]).round_().clamp_(-127, 127)
         self.register_buffer("weight", steps.to(torch.int8))
         self.register_buffer("scales", scales)
         self.bias = linear.bias
