@@ -388,6 +388,17 @@ def test_the_vision_phase_leaves_the_decoder_untouched(processor, vqvae):
     assert all(parameter.grad is not None for parameter in objective.parameters())
 
 
+def test_muon_has_the_hidden_matrices_and_no_others(processor, vqvae):
+    one = make_objective(processor, vqvae)
+    names = {id(p): name for name, p in one.named_parameters()}
+    by_muon = {names[id(p)] for p in one.matrices}
+    for name, parameter in one.named_parameters():
+        inside = ".layers." in name or "multi_modal_projector" in name
+        assert (name in by_muon) == (inside and parameter.ndim == 2), name
+    plain = replace(CONFIG, optimizer="adamw")
+    assert make_objective(processor, vqvae, plain).matrices == ()
+
+
 def test_weights_of_the_losses(processor, vqvae):
     weights = make_objective(processor, vqvae).weights
     assert weights == pytest.approx((1, 0.3, 0.3 * BOX_WEIGHT, 0.3))

@@ -64,6 +64,19 @@ class NoisyLoss(SuffixLoss):
         return super().forward(batch) * (0.5 + torch.rand(()))
 
 
+def hidden_matrices(one):
+    layers = one.model.language_model.model.layers
+    return [p for p in layers.parameters() if p.ndim == 2]
+
+
+class LossByMuon(SuffixLoss):
+    """Muon trains the matrices of the decoder's layers."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self.matrices = hidden_matrices(self)
+
+
 def objective(seed=0, kind=SuffixLoss):
     torch.manual_seed(seed)
     return kind(PaliGemmaForConditionalGeneration(tiny_config()))
@@ -136,6 +149,31 @@ def test_weight_decay_is_for_matrices_and_frozen_parameters_are_left_out():
     assert all(p.ndim < 2 for p in plain["params"])
     trained = [p for p in one.parameters() if p.requires_grad]
     assert len(decayed["params"]) + len(plain["params"]) == len(trained)
+
+
+def test_muon_moves_the_matrices_it_is_given_and_adamw_the_others():
+    """A step is what PyTorch's two make, each with its own learning rate."""
+    ours, theirs = objective(), objective()
+    for one in (ours, theirs):
+        for number, parameter in enumerate(one.parameters()):
+            noise = torch.Generator().manual_seed(number)
+            parameter.grad = torch.randn(parameter.shape, generator=noise)
+    optimizer = make_optimizer(ours, 0.1, hidden_matrices(ours))
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-3 * group.get("scale", 1.0)
+    optimizer.step()
+    matrices = hidden_matrices(theirs)
+    ids = {id(p) for p in matrices}
+    others = [p for p in theirs.parameters() if id(p) not in ids]
+    groups = [
+        {"params": [p for p in others if p.ndim > 1], "weight_decay": 0.1},
+        {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98)).step()
+    torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1).step()
+    assert_equal_weights(weights(ours), weights(theirs))
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in ours.parameters())
 
 
 def test_suffix_loss_is_the_models_own_without_logits_of_the_image(monkeypatch):
@@ -274,7 +312,7 @@ def test_a_schedule_of_ones_own():
 # Stopped and resumed
 
 
-@pytest.mark.parametrize("kind", [SuffixLoss, NoisyLoss])
+@pytest.mark.parametrize("kind", [SuffixLoss, NoisyLoss, LossByMuon])
 @pytest.mark.parametrize("changed", [{}, {"micro_batch_size": 4, "num_workers": 2}])
 def test_a_resumed_run_is_one_in_one_go(kind, changed, tmp_path):
     """To the bit: losses, weights and log, also where the forward pass is random."""

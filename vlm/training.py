@@ -37,6 +37,7 @@ class Objective(nn.Module):
 
     names: tuple[str, ...] = ("loss",)
     weights: tuple[float, ...] = (1.0,)
+    matrices: Sequence[nn.Parameter] = ()  # that Muon trains; AdamW trains the others
 
     def counts(self, batch: Any) -> Float[Tensor, "K"]:
         """How many terms each loss of this batch sums up."""
@@ -79,17 +80,48 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
-def make_optimizer(module: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW for what isn't frozen; weight decay on matrices only.
+MUON_SCALE = 20.0  # 0.02, as its author has it, where AdamW's learning rate is 0.001
 
-    `training_step` sets the learning rate. Source: Loshchilov & Hutter 2019.
+
+class ChainedOptimizer(torch.optim.Optimizer):
+    """Optimizers of different parameters as one, with one state to save and restore."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+        super().__init__(
+            [group for one in optimizers for group in one.param_groups], {}
+        )
+
+    def step(self, closure: None = None) -> None:
+        """A step of each."""
+        groups = iter(self.param_groups)  # a restored state brings others
+        for one in self.optimizers:
+            one.param_groups = [next(groups) for _ in one.param_groups]
+            one.state = self.state
+            one.step()
+
+
+def make_optimizer(
+    module: nn.Module, weight_decay: float, matrices: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
+    """Muon for `matrices`, AdamW for all others that aren't frozen.
+
+    Weight decay on matrices only. `training_step` sets the learning rate, times a
+    group's "scale". Sources: Loshchilov & Hutter 2019, Jordan et al. 2024.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
+    by_muon = {id(p) for p in matrices}
+    trained = [
+        p for p in module.parameters() if p.requires_grad and id(p) not in by_muon
+    ]
     groups = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, betas=BETAS)
+    adamw = torch.optim.AdamW(groups, betas=BETAS)
+    if not matrices:
+        return adamw
+    group = {"params": list(matrices), "scale": MUON_SCALE}
+    return ChainedOptimizer(adamw, torch.optim.Muon([group], weight_decay=weight_decay))
 
 
 def make_accelerator(mixed_precision: str = "no") -> Accelerator:
@@ -128,7 +160,7 @@ def training_step(
     update, however a batch is cut. Raises FloatingPointError for NaN or infinity.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("scale", 1.0)
     plain = accelerator.unwrap_model(objective)
     counts = torch.stack([plain.counts(batch) for batch in micro_batches]).sum(dim=0)
     counts = accelerator.reduce(counts, "sum").clamp(min=1)  # [K]
@@ -231,7 +263,7 @@ def train(
     if stop_after is not None and stop_after <= first:
         raise ValueError(f"stop_after={stop_after}: the run is at step {first} already")
     loader = _make_loader(dataset, collate, config, first, last)
-    optimizer = make_optimizer(objective, config.weight_decay)
+    optimizer = make_optimizer(objective, config.weight_decay, objective.matrices)
     plain, main = objective, accelerator.is_main_process
     objective, optimizer, loader = accelerator.prepare(plain, optimizer, loader)
     stateful = {"optimizer": optimizer, "scaler": accelerator.scaler}  # float16's
