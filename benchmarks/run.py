@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -37,7 +38,11 @@ from vlm import (
     save_hf_model,
 )
 from vlm.hub import find_checkpoint
-from vlm.questions import caption
+from vlm.mask_tokens import MaskVQVAE
+from vlm.masks import make_attn_mask
+from vlm.packing import pack_questions
+from vlm.questions import caption, sample_question
+from vlm.scene_dataset import TASKS, collate
 from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.speed import quantize_int8
 from vlm.weights import make_processor
@@ -203,22 +208,24 @@ def int8(rounds: int, device: str) -> list[dict[str, float | str]]:
     ]  # fmt: skip
 
 
-def training(folder: Path, rounds: int, device: str) -> dict[str, float | str]:
-    """A step of AdamW on the captions of 16 pictures, the same loss in both."""
+def training(folder: Path, rounds: int, device: str) -> list[dict[str, float | str]]:
+    """A step of AdamW on captions, with the same loss in both, and on packed questions.
+
+    Six questions about a picture are one packed row here, and six rows, each with the
+    picture, in transformers.
+    """
     model, tokenizer = load_hf_model(folder, device)
     reference = Reference.from_pretrained(folder, dtype=model.dtype).to(device)
     processor = make_processor(model, tokenizer)
     scenes = [make_scene(seed, processor.image_size) for seed in VALIDATION_SEEDS[:16]]
-    batch = processor(
-        ["caption en"] * 16,
-        [scene.image for scene in scenes],
-        [caption(scene) for scene in scenes],
-    )
-    batch = to(batch, model)
+    images = [scene.image for scene in scenes]
 
-    def trainer(model: torch.nn.Module) -> Callable[[], torch.Tensor]:
+    def trainer(model: torch.nn.Module, batch: dict) -> Callable[[], torch.Tensor]:
         model.train()
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        optimizer, batch = (
+            torch.optim.AdamW(model.parameters(), lr=1e-5),
+            to(batch, model),
+        )
 
         def step() -> torch.Tensor:
             loss = model(**batch)["loss"]
@@ -229,11 +236,36 @@ def training(folder: Path, rounds: int, device: str) -> dict[str, float | str]:
 
         return step
 
-    ours, other = trainer(model), trainer(reference)
+    def row(name: str, ours: Callable, other: Callable) -> dict[str, float | str]:
+        row = compare(f"{name}, ours : transformers", ours, other, rounds)
+        return row | {"pictures_per_second": 16e3 / row["milliseconds"]}
+
+    batch = processor(["caption en"] * 16, images, [caption(scene) for scene in scenes])
+    ours, other = trainer(model, batch), trainer(reference, batch)
     torch.testing.assert_close(ours(), other(), atol=1e-4, rtol=1e-4)
-    name = "training on 16 pictures, ours : transformers"
-    row = compare(name, ours, other, rounds)
-    return row | {"pictures_per_second": 16e3 / row["milliseconds"]}
+    rows = [row("training: captions of 16 pictures", ours, other)]
+
+    rng, encode_masks = random.Random(0), MaskVQVAE.from_pretrained(folder).encode_masks
+    asked = [[sample_question(s, t, rng, encode_masks) for t in TASKS] for s in scenes]
+    prefix, suffix = processor.encode_prefix, processor.encode_suffix
+    packed = collate([
+        pack_questions(
+            [(prefix(q.prompt), suffix(q.answer)) for q in questions],
+            processor.num_image_tokens,
+        )
+        for questions in asked
+    ])  # fmt: skip
+    segments, types = packed.pop("segment_ids"), packed["token_type_ids"]
+    packed |= {
+        "pixel_values": batch["pixel_values"],
+        "labels": packed["input_ids"].masked_fill(types == 0, -100),
+        "attention_mask": make_attn_mask(segments >= 0, types, segment_ids=segments),
+    }
+    alone = [question for questions in asked for question in questions]
+    images = [image for image in images for _ in TASKS]
+    prompts, answers = [q.prompt for q in alone], [q.answer for q in alone]
+    other = trainer(reference, processor(prompts, images, answers))
+    return [*rows, row("training: packed questions", trainer(model, packed), other)]
 
 
 def startup(rounds: int) -> dict[str, float | str]:
@@ -318,7 +350,7 @@ def main() -> None:
 
     rounds, device = arguments.rounds, arguments.device
     rows = [startup(rounds), *speed(folder, rounds, device), *int8(rounds, device)]
-    rows.append(training(folder, rounds, device))
+    rows += training(folder, rounds, device)
     where = f"{folder.name} on {machine(device)}, torch {torch.__version__}"
     print(where)
     print(f"{'':50}{'ms':>9}{'other ms':>10}{'ratio':>8}   lowest … highest")
