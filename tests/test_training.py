@@ -160,7 +160,7 @@ def test_muon_moves_the_matrices_it_is_given_and_adamw_the_others():
             parameter.grad = torch.randn(parameter.shape, generator=noise)
     optimizer = make_optimizer(ours, 0.1, hidden_matrices(ours))
     for group in optimizer.param_groups:
-        group["lr"] = 1e-3 * group.get("scale", 1.0)
+        group["lr"] = 2e-3 * group.get("scale", 1.0)
     optimizer.step()
     matrices = hidden_matrices(theirs)
     ids = {id(p) for p in matrices}
@@ -169,7 +169,7 @@ def test_muon_moves_the_matrices_it_is_given_and_adamw_the_others():
         {"params": [p for p in others if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in others if p.ndim < 2], "weight_decay": 0.0},
     ]
-    torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98)).step()
+    torch.optim.AdamW(groups, lr=2e-3, betas=(0.9, 0.98)).step()
     torch.optim.Muon(matrices, lr=0.02, weight_decay=0.1).step()
     assert_equal_weights(weights(ours), weights(theirs))
     optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
     python tools/ablate.py --seeds 0 1 --only packing -- --mixed_precision bf16
 
-A row is a twentieth of the recipe's pictures with one thing changed. Its validation
+A row is a fortieth of the recipe's pictures with one thing changed. Its validation
 losses go to benchmarks/ablations.json at once; a row that is there isn't made again,
 and one that was interrupted goes on. Several of these may run side by side, each with
 other rows.
@@ -18,9 +18,11 @@ from pathlib import Path
 from vlm.runs import STATE_FILE, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = {"steps": 1200, "vision_steps": 200, "evaluation_scenes": 0}
+SHORT = {"steps": 600, "vision_steps": 100, "evaluation_scenes": 0}
 ROWS = {
     "the recipe": {},
+    "AdamW for all parameters": {"optimizer": "adamw"},
+    "AdamW, half the learning rate": {"optimizer": "adamw", "learning_rate": 1e-3},
     "no auxiliary losses": {"auxiliary_weight": 0, "vision_steps": 0},
     "no auxiliary mask loss": {"mask_weight": 0},
     "no vision phase": {"vision_steps": 0},
@@ -31,7 +33,7 @@ ROWS = {
     "seg tokens weigh 1, as all do": {"seg_weight": 1},
     "two key/value heads": {"num_key_value_heads": 2},
     "four key/value heads": {"num_key_value_heads": 4},
-    "batches of 64": {"batch_size": 64, "steps": 300, "vision_steps": 50},
+    "batches of 64": {"batch_size": 64, "steps": 150, "vision_steps": 25},
 }
 
 
