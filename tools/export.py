@@ -5,21 +5,18 @@
     python tools/export.py --check                    write nothing, fail if stale
 
 nbdev finds the cells (`#| default_exp rope`, `#| export`, and `#| export packing` for a
-small module beside the chapter's own) and the public names; the `HandWritten` maker
-below decides how the module looks: a docstring made of a line that says what it is (a
-string that begins its first cell, or the chapter's promise, the `> ` line under its
-title) and of where it comes from, one block of imports, `__all__` (the names that the
-contract lists or another module imports), then the code, all of it through ruff. A
-module that defines a function called `main` ends in the two lines that make `python -m`
-run it (a notebook can't hold those: there, `__name__` is always `"__main__"`).
+small module beside the chapter's own); the `HandWritten` maker below decides how the
+module looks: a docstring made of a line that says what it is (a string that begins its
+first cell, or the chapter's promise, the `> ` line under its title) and of where it
+comes from, one block of imports, then the code, all of it through ruff. A name without
+an underscore is public, so there is no `__all__`. A module that defines a function
+called `main` ends in the two lines that make `python -m` run it (a notebook can't hold
+those: there, `__name__` is always `"__main__"`).
 """
 
 import argparse
 import ast
-import collections
 import difflib
-import functools
-import json
 import re
 import subprocess
 import sys
@@ -27,7 +24,6 @@ import textwrap
 import warnings
 from pathlib import Path
 
-from fastcore.foundation import L
 from nbdev.export import nb_export
 from nbdev.maker import ModuleMaker
 
@@ -142,16 +138,6 @@ def docstring(summary: str, notebook: str) -> str:
     return f'{raw}"""{body}\n\n{source}\n"""'
 
 
-def all_statement(names: list[str]) -> str:
-    """`__all__`, on as few lines as hold it: ruff's form has a line for each name."""
-    listed = ", ".join(f'"{name}"' for name in names)
-    if len(f"__all__ = [{listed}]") <= WIDTH:
-        return f"__all__ = [{listed}]"
-    indent = {"initial_indent": "    ", "subsequent_indent": "    "}
-    body = textwrap.fill(listed, WIDTH, **indent)
-    return f"__all__ = [\n{body},\n]  # fmt: skip"
-
-
 class HandWritten(ModuleMaker):
     """nbdev's maker, but what it makes has no markers and one block of imports."""
 
@@ -191,9 +177,6 @@ class HandWritten(ModuleMaker):
                 imports[place] += statements
             if rest:
                 code.append(rest)
-        code_cells = L(c for c in all_cells if c.cell_type == "code")
-        names = [str(name) for name in self.make_all(code_cells)]
-        public = [name for name in names if name in public_names()[self.name]]
         if summary is None and not self.is_new:
             raise ExportError(
                 f"{notebook}: the first cell that goes to {self.name} must begin with "
@@ -201,38 +184,14 @@ class HandWritten(ModuleMaker):
             )
         parts = [docstring(summary or promise(title, notebook), notebook)]
         parts += ["\n".join(dict.fromkeys(block)) for block in imports.values()]
-        parts += [all_statement(public)] if public else []
         parts += ["\n\n\n".join(code)]
-        if "main" in names:
+        if any(re.search(r"^def main\(", block, re.MULTILINE) for block in code):
             parts += ['if __name__ == "__main__":\n    raise SystemExit(main())']
         source = "\n\n".join(part for part in parts if part) + "\n"
         # Sort the imports, drop those that only the notebook's other cells use.
         fixes = ["check", "--fix-only", "--exit-zero", "--quiet", "--select", "I,F401"]
         source = ruff(fixes, source, self.fname)
         self.results[self.fname] = ruff(["format", "--quiet"], source, self.fname)
-
-
-@functools.cache
-def public_names() -> dict[str, set[str]]:
-    """What each module's `__all__` may list: the names that somebody counts on.
-
-    That is the contract, in `vlm/__init__.py`, and what other modules import.
-    """
-    init = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
-    names = collections.defaultdict(set)
-    for node in ast.walk(ast.parse(init)):
-        if isinstance(node, ast.keyword) and node.arg == "submod_attrs":
-            for module, listed in ast.literal_eval(node.value).items():
-                names[module] |= set(listed)
-    for notebook in NOTEBOOKS.glob("[0-9]*.ipynb"):
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        for source in ("".join(cell["source"]) for cell in cells):
-            if re.match(r"#\| export\b", source):
-                for node in ast.walk(ast.parse(source)):
-                    if isinstance(node, ast.ImportFrom) and node.module:
-                        module = node.module.removeprefix("vlm.")
-                        names[module] |= {alias.name for alias in node.names}
-    return names
 
 
 def render(notebooks: list[Path]) -> dict[Path, str]:

@@ -20,8 +20,6 @@ from .processing import PaliGemmaProcessor
 from .sampling import Generation, GenerationConfig, generation_steps
 from .segmentation import parse_segmentations
 
-__all__ = ["parse_answer", "format_table", "answer_warnings", "print_answers"]
-
 
 def parse_answer(
     prompt: str,

@@ -17,8 +17,6 @@ from .rope import apply_rotary_pos_emb
 if TYPE_CHECKING:
     from .kv_cache import KVCache, StaticKVCache
 
-__all__ = ["GemmaAttention"]
-
 
 def repeat_kv(
     states: Float[Tensor, "B K M Dh"], group_size: int

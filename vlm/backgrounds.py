@@ -14,11 +14,6 @@ from PIL import Image, ImageFilter
 
 from .processing import Box
 
-__all__ = [
-    "UNSEEN_PHOTOS", "TRAINING_PHOTO_FRACTION", "load_photo", "draw_background",
-    "photo_crops",
-]  # fmt: skip
-
 PHOTOS = tuple("astronaut brick camera china coffee flower grass gravel".split())
 UNSEEN_PHOTOS = ("chelsea", "rocket")  # never backgrounds: they show an object class
 TRAINING_PHOTO_FRACTION = 2 / 3  # of the width; the rest is for evaluation

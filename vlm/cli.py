@@ -13,8 +13,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-__all__ = ["OneLineParser", "printable", "print_err", "user_message", "run_main"]
-
 
 def read_switch(text: str) -> bool:
     """The value of a switch: true, yes, 1 or false, no, 0, in upper or lower case."""

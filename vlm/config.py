@@ -9,8 +9,6 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import Any, ClassVar, Self, get_args, get_origin
 
-__all__ = ["SiglipVisionConfig", "GemmaConfig", "Gemma2Config", "PaliGemmaConfig"]
-
 # Far beyond any model, and still neither out of memory nor slow to build.
 _MOST, _MOST_LAYERS = 10_000_000, 500
 

@@ -16,8 +16,6 @@ from .images import ImageLike, load_image
 from .processing import Box, check_size, locs_to_box, segs_to_codes
 from .sampling import Generation
 
-__all__ = ["ParsedObjects", "parse_detections", "draw_objects"]
-
 # Okabe and Ito's palette: told apart by color-blind eyes too.
 COLORS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
 PALE_COLORS = ("#E69F00", "#56B4E9", "#F0E442")  # black letters on these

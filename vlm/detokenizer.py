@@ -7,8 +7,6 @@ from typing import Any
 
 from .processing import IMAGE_TOKEN
 
-__all__ = ["IncrementalDetokenizer"]
-
 
 class IncrementalDetokenizer:
     """Turns a growing row of ids into pieces of text, special tokens left out.

@@ -5,8 +5,6 @@ Built in notebooks/16_weights.ipynb: edit it there, then run `make export`.
 
 import torch
 
-__all__ = ["FLOAT_TYPES", "choose_device", "choose_dtype"]
-
 FLOAT_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 

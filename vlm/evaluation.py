@@ -42,8 +42,6 @@ from .scenes import (
 from .segmentation import load_mask_decoder, parse_segmentations
 from .weights import load_hf_model, make_processor
 
-__all__ = ["evaluate"]
-
 # The seeds of a split's scenes, and its style, which training never draws.
 SPLITS = {
     "validation": (VALIDATION_SEEDS, VALIDATION_STYLE),

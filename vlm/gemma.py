@@ -18,10 +18,6 @@ from .masks import mask_and_positions
 from .rmsnorm import GemmaRMSNorm
 from .rope import GemmaRotaryEmbedding
 
-__all__ = [
-    "GemmaMLP", "GemmaModel", "check_ids", "GemmaForCausalLM", "build_language_model",
-]  # fmt: skip
-
 
 class GemmaMLP(nn.Module):
     """GeGLU (Shazeer 2020): one linear map, through a tanh-GELU, gates another."""

@@ -16,8 +16,6 @@ from .kv_cache import KVCache, StaticKVCache
 from .masks import sliding_window_mask
 from .rmsnorm import GemmaRMSNorm
 
-__all__ = ["Gemma2ForCausalLM"]
-
 
 def soft_cap(
     values: Float[Tensor, "*axes"], cap: float | None

@@ -20,13 +20,6 @@ from huggingface_hub.errors import GatedRepoError, HTTPError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-__all__ = [
-    "EMBEDDING", "TIED", "EMBEDDED", "SMALL_FILES", "COMPANIONS", "ADAPTER_CONFIG",
-    "ADAPTER_FILE", "canonical_name", "parse_hub_id", "finish_save", "find_checkpoint",
-    "adapter_base", "require_space", "missing_file", "StoredTensor", "read_index",
-    "find_tensors",
-]  # fmt: skip
-
 # Other layouts' names → ours, which are those of the hub's files.
 RENAMES = (
     (r"\b(_orig_mod|module)\.", ""),  # the wrappers of torch.compile, data parallel

@@ -14,8 +14,6 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
-__all__ = ["ImageLike", "load_image", "image_to_pixels"]
-
 ImageLike = Image.Image | str | os.PathLike | np.ndarray | Tensor
 
 

@@ -26,8 +26,6 @@ if TYPE_CHECKING:  # importing torch takes seconds: --help and typos don't wait 
     from .processing import PaliGemmaProcessor
     from .sampling import GenerationConfig
 
-__all__ = ["check_prompt"]
-
 # First words of the prompts; the last four are known to `pt` checkpoints only.
 TASKS = ("caption", "answer", "detect", "segment", "cap", "describe", "ocr", "question")
 # Second words of `caption` and `answer`: the languages of Crossmodal-3600.

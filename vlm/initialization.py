@@ -16,8 +16,6 @@ from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import IMAGE_TOKEN, NUM_LOCS
 from .world_tokenizer import tokenizer_corpus, train_tokenizer
 
-__all__ = ["new_model"]
-
 
 def sincos_positions(side: int, width: int) -> Float[Tensor, "N D"]:
     """2-D sine–cosine vectors of a side × side grid, row by row; half y, half x.

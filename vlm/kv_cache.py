@@ -9,8 +9,6 @@ from torch import Tensor
 
 from .config import GemmaConfig
 
-__all__ = ["KVCache", "StaticKVCache"]
-
 
 def _require_same_batch(buffer: Tensor, states: Tensor) -> None:
     """Raise ValueError where batch, heads or width differ: assignment broadcasts."""

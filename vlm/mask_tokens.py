@@ -22,11 +22,6 @@ from torch.nn import functional as F
 
 from .processing import NUM_SEGS
 
-__all__ = [
-    "DECODER_FILE", "crop_to_square", "mask_iou", "Codebook", "MaskDecoder",
-    "MaskVQVAE", "evaluate_reconstruction",
-]  # fmt: skip
-
 CODES_PER_MASK = 16  # for 4 × 4 cells, row by row
 CODE_WIDTH = 512
 DECODER_FILE = "mask_decoder.safetensors"

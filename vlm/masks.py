@@ -10,8 +10,6 @@ from torch.nn import functional as F
 
 from .kv_cache import KVCache, StaticKVCache
 
-__all__ = ["make_attn_mask", "sliding_window_mask", "mask_and_positions"]
-
 
 def make_attn_mask(
     attention_mask: Shaped[Tensor, "B M"],

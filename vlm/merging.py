@@ -7,8 +7,6 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-__all__ = ["rows_per_image", "can_read_values", "merge_image_features"]
-
 
 def rows_per_image(images: int, num_rows: int) -> int:
     """How many consecutive rows each image serves; ValueError if not equally many."""

@@ -20,8 +20,6 @@ from .mask_tokens import mask_iou
 from .questions import parse_caption
 from .scenes import Scene
 
-__all__ = ["exact_match", "class_f1", "average_precision", "mean_iou", "false_alarms"]
-
 # Detections, Segmentations or a scene's objects: label, box, mask, score as they have.
 Objects = Sequence[Any]
 

@@ -7,8 +7,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-__all__ = ["pack_questions"]
-
 
 def pack_questions(
     questions: list[tuple[list[int], list[int]]], num_image_tokens: int

@@ -17,8 +17,6 @@ from .merging import can_read_values, merge_image_features
 from .projector import PaliGemmaMultiModalProjector
 from .siglip import SiglipVisionModel
 
-__all__ = ["PaliGemmaForConditionalGeneration"]
-
 
 def next_token_loss(
     logits: Float[Tensor, "B n V"], labels: Int[Tensor, "B T"]

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from .config import SiglipVisionConfig
 
-__all__ = ["SiglipVisionEmbeddings"]
-
 
 class SiglipVisionEmbeddings(nn.Module):
     """Cut pictures into patches, project each, add a learned position.

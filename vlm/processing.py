@@ -16,12 +16,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .images import ImageLike, image_to_pixels, load_image
 
-__all__ = [
-    "NUM_LOCS", "NUM_SEGS", "IMAGE_TOKEN", "EXTRA_TOKENS", "Box", "check_size",
-    "box_to_locs", "locs_to_box", "codes_to_segs", "segs_to_codes", "check_tokens",
-    "PaliGemmaProcessor",
-]  # fmt: skip
-
 NUM_LOCS = 1024  # <loc0000> … <loc1023>: a coordinate in 1024 steps
 NUM_SEGS = 128  # <seg000> … <seg127>: a part of a mask
 IMAGE_TOKEN = "<image>"

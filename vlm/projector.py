@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from .config import PaliGemmaConfig
 
-__all__ = ["PaliGemmaMultiModalProjector"]
-
 
 class PaliGemmaMultiModalProjector(nn.Module):
     """One linear map, with bias and without activation, from vision to text width.

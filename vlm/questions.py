@@ -15,11 +15,6 @@ import numpy as np
 from .processing import box_to_locs, codes_to_segs
 from .scenes import Scene, all_classes, with_article
 
-__all__ = [
-    "EMPTY_CAPTION", "parse_caption", "Question", "make_question", "relation_questions",
-    "absent_class", "sample_question",
-]  # fmt: skip
-
 NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six")
 EMPTY_CAPTION = "nothing I know"  # of a scene without objects
 

@@ -7,8 +7,6 @@ import json
 import re
 from pathlib import Path
 
-__all__ = ["table", "write_results"]
-
 _START, _END = "<!-- numbers -->", "<!-- /numbers -->"  # in a model card
 
 

@@ -8,8 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["GemmaRMSNorm"]
-
 
 class GemmaRMSNorm(nn.Module):
     """Divide each vector by its root mean square, then multiply by (1 + weight).

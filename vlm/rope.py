@@ -7,8 +7,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-__all__ = ["GemmaRotaryEmbedding", "apply_rotary_pos_emb"]
-
 
 def rotate_half(states: Float[Tensor, "*B Dh"]) -> Float[Tensor, "*B Dh"]:
     """Rotate every pair by 90°: (first half, second half) → (-second, first)."""

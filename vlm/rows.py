@@ -15,8 +15,6 @@ from pathlib import Path
 from .images import load_image
 from .processing import check_tokens, locs_to_box
 
-__all__ = ["Row", "read_splits"]
-
 # Four loc tokens, maybe sixteen seg tokens, a label without either.
 _OBJECT = re.compile(
     r"((?:<loc\d+>){4})((?:<seg\d+>){16})?\s*(?!.*<(?:loc|seg))\S.*", re.DOTALL

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-__all__ = ["setting", "save_state", "open_run", "write_log", "publish", "run_command"]
-
 STATE_FILE, LOG_FILE = "trainer.pt", "log.jsonl"
 # What may change when a run goes on: who computes and when it saves, not the result.
 FREE = ("micro_batch_size", "num_workers", "eval_every", "save_every")

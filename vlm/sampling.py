@@ -22,11 +22,6 @@ from .kv_cache import KVCache, StaticKVCache
 from .merging import rows_per_image
 from .paligemma import PaliGemmaForConditionalGeneration as PaliGemma
 
-__all__ = [
-    "GenerationConfig", "Generation", "generation_steps", "generate_tokens", "generate",
-    "stream",
-]  # fmt: skip
-
 
 def apply_temperature(
     logits: Float[Tensor, "B V"], temperature: float

@@ -21,8 +21,6 @@ from .processing import PaliGemmaProcessor
 from .questions import sample_question
 from .scenes import TRAINING_SEEDS, TRAINING_STYLES, Scene, all_classes, make_scene
 
-__all__ = ["TASKS", "SceneDataset", "collate"]
-
 MIN_FRACTION = 0.2  # of a patch's pixels
 
 

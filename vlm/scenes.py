@@ -19,12 +19,6 @@ from PIL import Image, ImageEnhance
 from .backgrounds import draw_background
 from .processing import Box
 
-__all__ = [
-    "TRAINING_STYLES", "VALIDATION_STYLE", "TEST_STYLE", "TRAINING_SEEDS",
-    "VALIDATION_SEEDS", "TEST_SEEDS", "ASSETS", "all_classes", "with_article",
-    "style_classes", "Scene", "make_scene",
-]  # fmt: skip
-
 STYLES = ("fluent", "noto")  # what scenes show unless another style is asked for
 TRAINING_STYLES = (*STYLES, "flat")
 VALIDATION_STYLE = "twemoji"  # never trained on, but it influenced decisions

@@ -21,8 +21,6 @@ from .mask_tokens import DECODER_FILE, MaskDecoder
 from .processing import Box
 from .sampling import Generation
 
-__all__ = ["Segmentation", "parse_segmentations", "load_mask_decoder"]
-
 # The decoder of Google's checkpoints: its name, size and fingerprint.
 GOOGLE_DECODER = "vae-oid.npz"
 GOOGLE_BYTES = 8_479_556

@@ -10,8 +10,6 @@ from torch.nn import functional as F
 from .config import SiglipVisionConfig
 from .patch_embeddings import SiglipVisionEmbeddings
 
-__all__ = ["SiglipVisionModel"]
-
 
 class SiglipAttention(nn.Module):
     """Multi-head self-attention (Vaswani et al. 2017) without a mask, with biases."""

@@ -25,8 +25,6 @@ from .hub import require_space
 from .paligemma import PaliGemmaForConditionalGeneration
 from .runs import open_run, save_state, setting, write_log
 
-__all__ = ["Objective", "SuffixLoss", "learning_rate_at", "TrainingConfig", "train"]
-
 
 class Objective(nn.Module):
     """A model and its K losses.

@@ -41,11 +41,6 @@ from .hub import (
 from .paligemma import PaliGemmaForConditionalGeneration as PaliGemma
 from .processing import IMAGE_TOKEN, PaliGemmaProcessor
 
-__all__ = [
-    "load_hf_model", "make_processor", "save_hf_model", "describe_model",
-    "load_chosen_model",
-]  # fmt: skip
-
 
 def check_tensors(model: PaliGemma, tensors: list[StoredTensor], whose: object) -> None:
     """Raise a ValueError unless names and shapes of `tensors` are exactly the model's.

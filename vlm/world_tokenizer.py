@@ -16,8 +16,6 @@ from .processing import EXTRA_TOKENS
 from .questions import EMPTY_CAPTION, make_question, relation_questions
 from .scenes import TRAINING_SEEDS, all_classes, make_scene
 
-__all__ = ["tokenizer_corpus", "train_tokenizer"]
-
 
 def tokenizer_corpus(num_scenes: int) -> Iterator[str]:
     """The sentences of this world, without loc and seg tokens.

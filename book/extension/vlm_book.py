@@ -180,8 +180,7 @@ def fill_api_page(app: Sphinx, docname: str, source: list[str]) -> None:
         sections.append(
             f"(api-{name})=\n## vlm.{name}\n\n"
             f"Chapter {int(stem[:2])}, [{title}](../notebooks/{stem}.ipynb).\n\n"
-            f"```{{eval-rst}}\n.. automodule:: vlm.{name}\n   :members:\n"
-            "   :ignore-module-all:\n```\n"
+            f"```{{eval-rst}}\n.. automodule:: vlm.{name}\n   :members:\n```\n"
         )
     source[0] = "\n".join(sections)
 
