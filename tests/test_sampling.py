@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlm.detection import parse_detections
 from vlm.detokenizer import IncrementalDetokenizer
-from vlm.kv_cache import KVCache
+from vlm.kv_cache import KVCache, StaticKVCache
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.processing import EXTRA_TOKENS
 from vlm.sampling import (
@@ -422,6 +422,32 @@ def test_a_compiled_step_serves_all(model, padding, monkeypatch, no_type_checks)
         rows = generate_tokens(model, Letters(), inputs, compile=True, **long)
         assert ids_of(rows) == ids_of(expected)
     assert counter.frame_count == 1
+
+
+def test_a_model_keeps_its_static_cache(model, monkeypatch):
+    """One for all answers of the same sizes, but never for two at once."""
+    made = []
+
+    class Counted(StaticKVCache):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr("vlm.kv_cache.StaticKVCache", Counted)
+    inputs, other = prompts(model, (5,)), prompts(model, (3,))
+    limit = dict(max_new_tokens=9)
+    expected = [generate(model, Letters(), one, **limit)[0] for one in (inputs, other)]
+    static = limit | dict(cache="static")
+    for _ in range(2):
+        assert generate(model, Letters(), inputs, **static) == expected[:1]
+    assert len(made) == 1
+    first = stream(model, Letters(), inputs, **static)
+    begun = next(first) + next(first)
+    assert generate(model, Letters(), inputs, **static) == expected[:1]  # meanwhile
+    assert len(made) == 2
+    assert begun + "".join(first) == expected[0]
+    assert generate(model, Letters(), other, **static) == expected[1:]
+    assert len(made) == 3  # of another length
 
 
 def test_stop_strings_and_functions(model):

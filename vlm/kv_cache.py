@@ -3,9 +3,14 @@
 Built in notebooks/07_kv_cache.ipynb: edit it there, then run `make export`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import GemmaConfig
 
@@ -103,6 +108,16 @@ class StaticKVCache:
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self._is_empty = True
 
+    def tensors(self) -> list[Tensor]:
+        """The position and all buffers."""
+        return [self.position, *chain(*self._buffers)]
+
+    def reset(self) -> None:
+        """Empty it for another answer; its tensors stay where they are."""
+        for tensor in self.tensors():
+            tensor.zero_()
+        self._is_empty = True
+
     def num_items(self) -> int:
         """Tokens in the cache so far; 0 when empty. Waits for a GPU."""
         return 0 if self._is_empty else int(self.position)
@@ -142,3 +157,25 @@ class StaticKVCache:
             self.position += len(slots)
             self._is_empty = False
         return (key_states, value_states) if is_first else (keys, values)
+
+
+@contextmanager
+def kept_cache(
+    owner: nn.Module, config: GemmaConfig, *sizes: Any
+) -> Iterator[StaticKVCache]:
+    """The static cache that `owner` keeps, empty; a new one where the sizes differ.
+
+    A CUDA graph knows its tensors by their addresses: with others it would be recorded
+    again. Who has the cache has it alone; another caller meanwhile gets a new one.
+    """
+    kept, kv_cache = owner.__dict__.pop("_kept_cache", (None, None))
+    if kept != sizes:
+        kv_cache = StaticKVCache(config, *sizes)
+        if kv_cache.position.is_cuda:  # a graph writes to no others
+            for tensor in kv_cache.tensors():
+                torch._dynamo.mark_static_address(tensor)
+    kv_cache.reset()
+    try:
+        yield kv_cache
+    finally:
+        owner._kept_cache = sizes, kv_cache

@@ -5,6 +5,7 @@ Built in notebooks/15_sampling.ipynb: edit it there, then run `make export`.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from math import inf, isnan
@@ -18,7 +19,7 @@ from torch.nn import functional as F
 
 from .detokenizer import IncrementalDetokenizer
 from .gemma import check_ids
-from .kv_cache import KVCache, StaticKVCache
+from .kv_cache import KVCache, StaticKVCache, kept_cache
 from .merging import rows_per_image
 from .paligemma import PaliGemmaForConditionalGeneration as PaliGemma
 
@@ -237,35 +238,36 @@ def token_steps(
     real = F.pad(given, (0, capacity - length), value=True)  # [B, capacity]
     real = real[:, None, None]  # [B, 1, 1, capacity]
     position_ids = given.sum(dim=1, keepdim=True)  # [B, 1]: the next token's
-    kv_cache = KVCache()
+    kept = nullcontext(KVCache())
     if is_static := settings.cache == "static":
         sizes = batch, capacity, device, model.dtype
-        kv_cache = StaticKVCache(model.config.text_config, *sizes)
+        kept = kept_cache(model, model.config.text_config, *sizes)
     how = settings.do_sample, settings.temperature, settings.top_k, settings.top_p
     draws = [None] * limit
     if settings.do_sample:
         draws = uniform_numbers(settings.seed, limit, batch).to(device)  # [limit, B]
     image_id = model.config.image_token_index
-    logits = prefill(model, inputs, kv_cache)  # [B, V]
-    for step in range(limit):
-        # No picture in an answer. (An id outside the embedding table: an empty slice.)
-        logits[:, image_id : image_id + 1] = -inf
-        token_ids, probabilities = sample_next_token(logits, *how, draws[step])
-        # The step's one transfer; as float32, ids are exact up to 2^24.
-        ids, chances = torch.stack([token_ids.float(), probabilities]).tolist()
-        if any(map(isnan, chances)):
-            advice = "look for NaN in the weights and in pixel_values"
-            if model.dtype == torch.float16:
-                advice = "if it overflows, load it with dtype='float32' or 'bfloat16'"
-            what = f"logits are NaN or inf in {model.dtype}"
-            raise FloatingPointError(f"{what}: {advice}")
-        yield [*map(int, ids)], chances
-        if step + 1 < limit:
-            mask = None
-            if is_static or is_padded:
-                mask = real if is_static else real[..., : length + step + 1]
-            logits = decode(model, token_ids, position_ids, mask, kv_cache)
-            position_ids += 1
+    with kept as kv_cache:
+        logits = prefill(model, inputs, kv_cache)  # [B, V]
+        for step in range(limit):
+            # No picture in an answer. (An id outside the table: an empty slice.)
+            logits[:, image_id : image_id + 1] = -inf
+            token_ids, probabilities = sample_next_token(logits, *how, draws[step])
+            # The step's one transfer; as float32, ids are exact up to 2^24.
+            ids, chances = torch.stack([token_ids.float(), probabilities]).tolist()
+            if any(map(isnan, chances)):
+                advice = "look for NaN in the weights and in pixel_values"
+                if model.dtype == torch.float16:
+                    advice = "if it overflows, load it in 'float32' or 'bfloat16'"
+                what = f"logits are NaN or inf in {model.dtype}"
+                raise FloatingPointError(f"{what}: {advice}")
+            yield [*map(int, ids)], chances
+            if step + 1 < limit:
+                mask = None
+                if is_static or is_padded:
+                    mask = real if is_static else real[..., : length + step + 1]
+                logits = decode(model, token_ids, position_ids, mask, kv_cache)
+                position_ids += 1
 
 
 @dataclass
