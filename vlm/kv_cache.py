@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float
@@ -159,6 +160,9 @@ class StaticKVCache:
         return (key_states, value_states) if is_first else (keys, values)
 
 
+_KEPT: WeakKeyDictionary = WeakKeyDictionary()  # not in the model, which may be copied
+
+
 @contextmanager
 def kept_cache(
     owner: nn.Module, config: GemmaConfig, *sizes: Any
@@ -168,7 +172,7 @@ def kept_cache(
     A CUDA graph knows its tensors by their addresses: with others it would be recorded
     again. Who has the cache has it alone; another caller meanwhile gets a new one.
     """
-    kept, kv_cache = owner.__dict__.pop("_kept_cache", (None, None))
+    kept, kv_cache = _KEPT.pop(owner, (None, None))
     if kept != sizes:
         kv_cache = StaticKVCache(config, *sizes)
         if kv_cache.position.is_cuda:  # a graph writes to no others
@@ -178,4 +182,4 @@ def kept_cache(
     try:
         yield kv_cache
     finally:
-        owner._kept_cache = sizes, kv_cache
+        _KEPT[owner] = sizes, kv_cache
