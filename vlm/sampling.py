@@ -258,7 +258,7 @@ def token_steps(
             if any(map(isnan, chances)):
                 advice = "look for NaN in the weights and in pixel_values"
                 if model.dtype == torch.float16:
-                    advice = "if it overflows, load it in 'float32' or 'bfloat16'"
+                    advice = "if it overflows, use dtype='float32' or 'bfloat16'"
                 what = f"logits are NaN or inf in {model.dtype}"
                 raise FloatingPointError(f"{what}: {advice}")
             yield [*map(int, ids)], chances
