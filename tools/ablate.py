@@ -23,6 +23,7 @@ ROWS = {
     "the recipe": {},
     "AdamW for all parameters": {"optimizer": "adamw"},
     "AdamW, half the learning rate": {"optimizer": "adamw", "learning_rate": 1e-3},
+    "AdamW, twice the learning rate": {"optimizer": "adamw", "learning_rate": 4e-3},
     "no auxiliary losses": {"auxiliary_weight": 0, "vision_steps": 0},
     "no auxiliary mask loss": {"mask_weight": 0},
     "no vision phase": {"vision_steps": 0},
