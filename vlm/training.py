@@ -61,9 +61,28 @@ class SuffixLoss(Objective):
         return loss * self.counts(batch)
 
 
-WARMUP = 0.05  # of the steps: AdamW's second moments need some hundred to settle
+class ChainedOptimizer(torch.optim.Optimizer):
+    """Several optimizers, each with its own parameters, as one: one state, one call."""
+
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        self.optimizers = optimizers
+        super().__init__(
+            [group for one in optimizers for group in one.param_groups], {}
+        )
+
+    def step(self, closure: None = None) -> None:
+        """A step of each."""
+        groups = iter(self.param_groups)  # load_state_dict replaces these, and state
+        for one in self.optimizers:
+            one.param_groups = [next(groups) for _ in one.param_groups]
+            one.state = self.state
+            one.step()
+
+
+WARMUP = 0.05  # of the steps: AdamW's second moments need about fifty to settle
 BETAS = (0.9, 0.98)  # .999 remembers 1,000 steps, as long as a short run
 MAX_GRAD_NORM = 1.0  # as in PaliGemma; a rare steep batch can't undo a hundred others
+MUON_SCALE = 10.0  # times AdamW's learning rate: 0.02, its author's, in chapter 21
 LOG_EVERY = 10  # steps: a line's losses are their mean
 
 
@@ -76,27 +95,6 @@ def learning_rate_at(step: int, steps: int, peak: float) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-MUON_SCALE = 10.0  # 0.02, its author's learning rate, where AdamW has 0.002
-
-
-class ChainedOptimizer(torch.optim.Optimizer):
-    """Optimizers of different parameters as one, with one state to save and restore."""
-
-    def __init__(self, *optimizers: torch.optim.Optimizer):
-        self.optimizers = optimizers
-        super().__init__(
-            [group for one in optimizers for group in one.param_groups], {}
-        )
-
-    def step(self, closure: None = None) -> None:
-        """A step of each."""
-        groups = iter(self.param_groups)  # a restored state brings others
-        for one in self.optimizers:
-            one.param_groups = [next(groups) for _ in one.param_groups]
-            one.state = self.state
-            one.step()
 
 
 def make_optimizer(
