@@ -112,6 +112,23 @@ def test_compiled_steps_write_the_same(no_type_checks):
     assert counters["inductor"]["cudagraph_skips"] == 0
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's
+@torch.no_grad()
+def test_batches_of_two_sizes_keep_their_graphs(no_type_checks):
+    """Answers take turns: nothing is recorded again, and memory doesn't grow."""
+    model, tokenizer, processor = load("float32")
+    prompts = [["caption en"] * rows for rows in (3, 2)]
+    sizes = [scene_inputs(model, processor, texts) for texts in prompts]
+    limit = dict(max_new_tokens=8)
+    plain = [generate(model, tokenizer, inputs, **limit) for inputs in sizes]
+    reserved = []
+    for _ in range(8):
+        texts = [generate(model, tokenizer, s, compile=True, **limit) for s in sizes]
+        assert texts == plain
+        reserved.append(torch.cuda.memory_reserved() if DEVICE == "cuda" else 0)
+    assert reserved[-1] == reserved[3]
+
+
 def test_training_in_bfloat16_learns(no_type_checks, monkeypatch):
     if DEVICE == "cpu":
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")

@@ -19,6 +19,7 @@ from vlm.processing import EXTRA_TOKENS
 from vlm.sampling import (
     GenerationConfig,
     apply_temperature,
+    compiled_decode_step,
     decode_one_token,
     generate,
     generate_tokens,
@@ -414,7 +415,7 @@ def test_a_compiled_step_serves_all(model, padding, monkeypatch, no_type_checks)
     compiled = torch.compile(
         decode_one_token, backend=counter, fullgraph=True, dynamic=False
     )
-    monkeypatch.setattr("vlm.sampling.compiled_decode_step", lambda: compiled)
+    monkeypatch.setattr("vlm.sampling.compiled_decode_step", lambda _: compiled)
     first = (5, 1, 3) if padding == "left" else (4, 4, 4)
     for lengths, limit in ((first, 9), ([n + 1 for n in first], 12)):
         inputs, long = prompts(model, lengths), dict(max_new_tokens=limit)
@@ -424,7 +425,20 @@ def test_a_compiled_step_serves_all(model, padding, monkeypatch, no_type_checks)
     assert counter.frame_count == 1
 
 
-def test_a_model_keeps_its_static_cache(model, monkeypatch):
+@torch.no_grad()
+def test_more_than_eight_sizes_can_be_compiled(model, monkeypatch, no_type_checks):
+    """At the ninth, PyTorch's own limit would be an error."""
+    real = torch.compile
+    eager = lambda step, mode, **how: real(step, backend="eager", **how)  # noqa: E731
+    monkeypatch.setattr(torch, "compile", eager)
+    compiled_decode_step.cache_clear()
+    for rows in range(1, 10):
+        inputs = prompts(model, (3,) * rows)
+        generate(model, Letters(), inputs, max_new_tokens=2, compile=True)
+    compiled_decode_step.cache_clear()
+
+
+def test_a_model_keeps_its_static_caches(model, monkeypatch):
     """One for all answers of the same sizes, but never for two at once."""
     made = []
 
@@ -434,20 +448,22 @@ def test_a_model_keeps_its_static_cache(model, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr("vlm.kv_cache.StaticKVCache", Counted)
-    inputs, other = prompts(model, (5,)), prompts(model, (3,))
+    step = decode_one_token  # not really compiled
+    monkeypatch.setattr("vlm.sampling.compiled_decode_step", lambda _: step)
+    one, two = prompts(model, (5,)), prompts(model, (3, 4))
     limit = dict(max_new_tokens=9)
-    expected = [generate(model, Letters(), one, **limit)[0] for one in (inputs, other)]
-    static = limit | dict(cache="static")
-    for _ in range(2):
-        assert generate(model, Letters(), inputs, **static) == expected[:1]
-    assert len(made) == 1
-    first = stream(model, Letters(), inputs, **static)
-    begun = next(first) + next(first)
-    assert generate(model, Letters(), inputs, **static) == expected[:1]  # meanwhile
+    expected = [generate(model, Letters(), inputs, **limit) for inputs in (one, two)]
+    with torch.inference_mode():  # which makes tensors that nobody else may write to
+        assert generate(model, Letters(), one, compile=True, **limit) == expected[0]
+    for _ in range(3):
+        for inputs, texts in zip((one, two), expected):
+            assert generate(model, Letters(), inputs, compile=True, **limit) == texts
     assert len(made) == 2
-    assert begun + "".join(first) == expected[0]
-    assert generate(model, Letters(), other, **static) == expected[1:]
-    assert len(made) == 3  # of another length
+    first = stream(model, Letters(), one, compile=True, **limit)
+    begun = next(first) + next(first)
+    assert generate(model, Letters(), one, compile=True, **limit) == expected[0]
+    assert len(made) == 3
+    assert begun + "".join(first) == expected[0][0]
 
 
 def test_stop_strings_and_functions(model):

@@ -189,7 +189,7 @@ def test_the_compiled_step_takes_it(dtype, no_type_checks, monkeypatch):
     compiled = torch.compile(
         decode_one_token, backend=counter, fullgraph=True, dynamic=False
     )
-    monkeypatch.setattr("vlm.sampling.compiled_decode_step", lambda: compiled)
+    monkeypatch.setattr("vlm.sampling.compiled_decode_step", lambda _: compiled)
     settings = dict(max_new_tokens=30)
     expected = generate(model, tokenizer, inputs, cache="static", **settings)
     assert generate(model, tokenizer, inputs, compile=True, **settings) == expected

@@ -107,15 +107,15 @@ class StaticKVCache:
             for _ in range(config.num_hidden_layers)
         ]
         self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self._tensors = [self.position, *chain(*self._buffers)]
+        if self.position.is_cuda:  # else no graph would write to them
+            for tensor in self._tensors:
+                torch._dynamo.mark_static_address(tensor)
         self._is_empty = True
-
-    def tensors(self) -> list[Tensor]:
-        """The position and all buffers."""
-        return [self.position, *chain(*self._buffers)]
 
     def reset(self) -> None:
         """Empty it for another answer; its tensors stay where they are."""
-        for tensor in self.tensors():
+        for tensor in self._tensors:
             tensor.zero_()
         self._is_empty = True
 
@@ -146,7 +146,8 @@ class StaticKVCache:
     ) -> tuple[Float[Tensor, "B K M Dh"], Float[Tensor, "B K M Dh"]]:
         """Write T tokens into a layer's buffer; returns T or all `max_length` slots.
 
-        Raises ValueError for another batch, IndexError where the tokens don't fit.
+        Raises ValueError for another batch, and on a CPU IndexError for tokens that
+        don't fit. On a GPU these end the process: ask `key_length` before.
         """
         keys, values = self._buffers[layer_idx]  # [B, K, max_length, Dh] each
         _require_same_batch(keys, key_states)
@@ -160,26 +161,25 @@ class StaticKVCache:
         return (key_states, value_states) if is_first else (keys, values)
 
 
-_KEPT: WeakKeyDictionary = WeakKeyDictionary()  # not in the model, which may be copied
+_KEPT: WeakKeyDictionary = WeakKeyDictionary()  # model → sizes → caches not in use
 
 
 @contextmanager
 def kept_cache(
     owner: nn.Module, config: GemmaConfig, *sizes: Any
 ) -> Iterator[StaticKVCache]:
-    """The static cache that `owner` keeps, empty; a new one where the sizes differ.
+    """A static cache that `owner` keeps for these sizes, empty; another if it's in use.
 
-    A CUDA graph knows its tensors by their addresses: with others it would be recorded
-    again. Who has the cache has it alone; another caller meanwhile gets a new one.
+    A CUDA graph knows its tensors by their addresses: for others it would be recorded
+    again.
     """
-    kept, kv_cache = _KEPT.pop(owner, (None, None))
-    if kept != sizes:
-        kv_cache = StaticKVCache(config, *sizes)
-        if kv_cache.position.is_cuda:  # a graph writes to no others
-            for tensor in kv_cache.tensors():
-                torch._dynamo.mark_static_address(tensor)
+    unused = _KEPT.setdefault(owner, {}).setdefault(sizes, [])
+    if not unused:
+        with torch.inference_mode(False):  # or no other mode could write to it
+            unused.append(StaticKVCache(config, *sizes))
+    kv_cache = unused.pop()
     kv_cache.reset()
     try:
         yield kv_cache
     finally:
-        _KEPT[owner] = sizes, kv_cache
+        unused.append(kv_cache)

@@ -46,7 +46,7 @@ def top_p_filter(
     """Mask out (-inf) all but the smallest set of tokens whose probabilities reach p.
 
     The token that crosses p is in it: it is never empty. `most`: how many top-k has
-    left; then only these are sorted. Source: Holtzman et al. 2020.
+    left; only these are sorted, ties beyond are dropped. Source: Holtzman et al. 2020.
     """
     if top_p >= 1:  # everything stays; rounding must not drop the tail
         return logits
@@ -87,12 +87,12 @@ def sample_next_token(
         logits = top_p_filter(logits, top_p, most=top_k)
     probabilities = logits.softmax(dim=-1)  # [B, V]
     cumulative = probabilities.cumsum(dim=-1)  # [B, V]: a staircase from 0 to about 1
+    # A GPU's parallel sum may rise by a hair where a probability is 0.
+    cumulative = cumulative.masked_fill(probabilities == 0, 0)
     if uniform is None:
         uniform = torch.rand(len(logits), device=logits.device)
-    height = uniform[:, None] * cumulative[:, -1:]  # [B, 1]
-    # The first stair above that height. `right`: one of no height is never hit.
-    token_ids = torch.searchsorted(cumulative, height, right=True)  # [B, 1]
-    token_ids = token_ids.clamp(max=logits.shape[-1] - 1)  # where all is NaN
+    height = uniform[:, None] * cumulative.amax(dim=-1, keepdim=True)  # [B, 1]
+    token_ids = (cumulative > height).int().argmax(dim=-1, keepdim=True)  # the first
     return token_ids[:, 0], probabilities.gather(1, token_ids)[:, 0]  # [B] each
 
 
@@ -102,7 +102,7 @@ def uniform_numbers(
     """Numbers in [0, 1) to draw with, for each step and row; None: others every time.
 
     Those of a row depend on the seed and the row's number alone, and are drawn on the
-    CPU: a seed means the same on every device and in every batch.
+    CPU: a seed means the same draws on every device and in every batch.
     """
     if seed is None:
         return torch.rand(num_steps, num_rows)
@@ -200,7 +200,7 @@ def decode_one_token(
     """One new token in, the next one's logits out.
 
     Straight to the decoder: its inputs were checked at the door, and no value is read
-    here, so that a GPU never waits. `attention_mask`: which of M cached and new tokens
+    here, so that Python never waits. `attention_mask`: which of M cached and new tokens
     are real; None: all. A static cache's empty slots are masked out here.
     """
     decoder = model.language_model
@@ -212,9 +212,11 @@ def decode_one_token(
 
 
 @cache
-def compiled_decode_step() -> Callable:
+def compiled_decode_step(device_type: str) -> Callable:
     """`decode_one_token` compiled, once for all: on a GPU into a CUDA graph."""
-    mode = "reduce-overhead" if torch.cuda.is_available() else None
+    mode = "reduce-overhead" if device_type == "cuda" else None
+    # Each batch size and length of the cache is one more; at eight PyTorch would stop.
+    torch._dynamo.config.recompile_limit = 64
     return torch.compile(decode_one_token, fullgraph=True, dynamic=False, mode=mode)
 
 
@@ -234,14 +236,16 @@ def token_steps(
     capacity, decode = length + limit, decode_one_token
     if settings.compile:
         capacity = -(-capacity // 256) * 256  # few sizes, few compilations
-        decode = compiled_decode_step()
+        decode = compiled_decode_step(device.type)
     real = F.pad(given, (0, capacity - length), value=True)  # [B, capacity]
     real = real[:, None, None]  # [B, 1, 1, capacity]
     position_ids = given.sum(dim=1, keepdim=True)  # [B, 1]: the next token's
     kept = nullcontext(KVCache())
     if is_static := settings.cache == "static":
-        sizes = batch, capacity, device, model.dtype
-        kept = kept_cache(model, model.config.text_config, *sizes)
+        sizes = model.config.text_config, batch, capacity, device, model.dtype
+        kept = nullcontext(StaticKVCache(*sizes))
+        if settings.compile:
+            kept = kept_cache(model, *sizes)
     how = settings.do_sample, settings.temperature, settings.top_k, settings.top_p
     draws = [None] * limit
     if settings.do_sample:

@@ -16,7 +16,7 @@ class Int8Linear(nn.Module):
 
     About half the bytes of bfloat16, a quarter of float32's. For inference: no gradient
     reaches the weights. `.to(dtype)` changes the scales alone. On a CPU, a few rows of
-    bfloat16 are faster than with `nn.Linear`; elsewhere it is smaller and no more.
+    bfloat16 are faster than with `nn.Linear`; elsewhere it is smaller and slower.
     Source: the vector-wise scales of Dettmers et al. 2022, for weights alone.
     """
 
