@@ -448,7 +448,7 @@ def test_a_model_keeps_its_static_caches(model, monkeypatch):
             made.append(self)
 
     monkeypatch.setattr("vlm.kv_cache.StaticKVCache", Counted)
-    step = decode_one_token  # not really compiled
+    model, step = copy.deepcopy(model), decode_one_token  # not really compiled
     monkeypatch.setattr("vlm.sampling.compiled_decode_step", lambda _: step)
     one, two = prompts(model, (5,)), prompts(model, (3, 4))
     limit = dict(max_new_tokens=9)
