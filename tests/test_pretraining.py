@@ -2,9 +2,11 @@
 
 import json
 import random
+import re
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from reference import ROOT, run_in_two_processes
 from torch.nn import functional as F
 
 from vlm import pretraining, scene_dataset
+from vlm.auxiliary import BACKGROUND_WEIGHT, AuxiliaryHeads
 from vlm.backgrounds import TRAINING_PHOTO_FRACTION
 from vlm.config import PaliGemmaConfig
 from vlm.hub import EMBEDDED
@@ -23,12 +26,10 @@ from vlm.initialization import (
     new_model,
     sincos_positions,
 )
-from vlm.mask_tokens import MaskDecoder, MaskVQVAE
+from vlm.mask_tokens import MaskDecoder, MaskVQVAE, mask_iou
 from vlm.paligemma import PaliGemmaForConditionalGeneration
 from vlm.pretraining import (
-    BACKGROUND_WEIGHT,
     BOX_WEIGHT,
-    AuxiliaryHeads,
     PretrainingConfig,
     PretrainingObjective,
     main,
@@ -61,6 +62,7 @@ CONFIG = PretrainingConfig(
 )
 LOSSES = {"validation_loss": 1.5, "validation_loss_segs": 0.5}
 LOSSES |= {"validation_loss_words": 1.6, "validation_loss_locs": 1.7}
+LOSSES |= {"validation_mask_iou": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -443,6 +445,41 @@ def test_validation_losses_are_means_over_tokens(processor, vqvae):
     assert min(counts) > 0 and mean == pytest.approx(loss, rel=1e-5)
 
 
+def test_validation_masks_are_drawn_from_the_best_codes(processor, monkeypatch):
+    """The right codes' logits raised: perfect masks; one code's: what it draws."""
+    vqvae, model = MaskVQVAE.from_pretrained(EMBEDDED), small_model(processor.tokenizer)
+    first = processor.tokenizer.convert_tokens_to_ids("<seg000>")
+    forward, asked = model.forward, []
+
+    def ask(scene, task, rng, encode_masks):
+        question = sample_question(scene, task, rng, encode_masks)
+        asked.extend(map(int, re.findall(r"<seg(\d+)>", question.answer)))
+        return question
+
+    def raised(input_ids, codes=None, **inputs):
+        outputs = forward(input_ids=input_ids, **inputs)
+        right = input_ids.roll(-1, 1) if codes is None else first + codes
+        is_seg = (input_ids.roll(-1, 1) >= first) & (
+            input_ids.roll(-1, 1) < first + 128
+        )
+        bonus = torch.nn.functional.one_hot(
+            right.where(is_seg, 0), outputs["logits"].shape[-1]
+        )
+        return {"logits": outputs["logits"] + 100 * bonus}
+
+    monkeypatch.setattr(pretraining, "sample_question", ask)
+    monkeypatch.setattr(model, "forward", raised)
+    assert validation_losses(model, processor, vqvae, 2)["validation_mask_iou"] == 1
+    right = torch.tensor(asked).view(-1, 16)
+    same = partial(raised, codes=torch.tensor(5))
+    monkeypatch.setattr(model, "forward", same)
+    iou = validation_losses(model, processor, vqvae, 2)["validation_mask_iou"]
+    with torch.no_grad():
+        drawn = vqvae.decoder(torch.full_like(right, 5))[:, 0] > 0
+        wanted = vqvae.decoder(right)[:, 0] > 0
+    assert iou == pytest.approx(mask_iou(drawn, wanted).mean().item()) and iou < 1
+
+
 @pytest.mark.parametrize(
     "settings, word",
     [
@@ -640,7 +677,7 @@ def test_ablations_are_made_row_by_row(small, monkeypatch, tmp_path, capsys):
     command = ["ablate.py", *where, "--only", "vision", "--seeds", "0", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--", *more.split()])
     begun = f"--evaluation_scenes 0 --seed 1 {more} --vision_steps 0 --stop_after 1"
-    assert main(["--output", str(tmp_path / "3-1"), *begun.split()]) == 0
+    assert main(["--output", str(tmp_path / "6-1"), *begun.split()]) == 0
     ablate.main()
     entries = json.loads(table.read_text())
     assert [(e["row"], e["seed"]) for e in entries] == [

@@ -62,6 +62,7 @@ def make_row(row: str, seed: int, output: Path, more: list[str]) -> dict:
         "words": losses["validation_loss_words"],
         "loc tokens": losses["validation_loss_locs"],
         "seg tokens": losses["validation_loss_segs"],
+        "mask IoU": losses["validation_mask_iou"],
     }
 
 

@@ -12,69 +12,22 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from .config import PaliGemmaConfig
+from .auxiliary import AuxiliaryHeads
 from .hub import EMBEDDED
 from .initialization import new_model
-from .mask_tokens import Codebook, MaskDecoder, MaskVQVAE
+from .mask_tokens import Codebook, MaskDecoder, MaskVQVAE, mask_iou
 from .masks import make_attn_mask
 from .paligemma import PaliGemmaForConditionalGeneration
 from .processing import NUM_LOCS, NUM_SEGS, PaliGemmaProcessor
 from .questions import sample_question
 from .runs import publish, run_command, setting
 from .scene_dataset import TASKS, SceneDataset, collate
-from .scenes import ASSETS, VALIDATION_SEEDS, all_classes, make_scene
+from .scenes import ASSETS, VALIDATION_SEEDS, make_scene
 from .training import Objective, TrainingConfig, learning_rate_at, train
 from .weights import load_hf_model, make_processor, save_hf_model
-
-BACKGROUND_WEIGHT = 0.2  # in the class loss: most patches show nothing
-
-
-class AuxiliaryHeads(nn.Module):
-    """Three linear maps from an image feature to what its patch shows.
-
-    They make the image encoder learn from every patch, and are thrown away afterwards.
-    """
-
-    names = ("class", "box", "mask")
-
-    def __init__(self, config: PaliGemmaConfig):
-        super().__init__()
-        width, num_classes = config.projection_dim, 1 + len(all_classes())
-        self.class_head = nn.Linear(width, num_classes)
-        self.box_head = nn.Linear(width, 4)
-        self.mask_head = nn.Linear(width, config.vision_config.patch_size**2)
-        weight = torch.ones(num_classes)
-        weight[0] = BACKGROUND_WEIGHT
-        self.register_buffer("class_weight", weight)
-
-    def counts(self, classes: Int[Tensor, "B N"]) -> Float[Tensor, "3"]:
-        """What each loss is a mean over: weighted patches, then objects' patches."""
-        num_shown = (classes > 0).sum()
-        return torch.stack([self.class_weight[classes].sum(), num_shown, num_shown])
-
-    def forward(
-        self, features: Float[Tensor, "B N D"], targets: dict[str, Tensor]
-    ) -> Float[Tensor, "3"]:
-        """Sums of three losses: cross-entropy, L1 distance, cross-entropy a pixel.
-
-        `targets`: as from `patch_targets`, each with a batch dimension.
-        """
-        classes, shown = targets["patch_classes"], targets["patch_classes"] > 0
-        logits = self.class_head(features).float()  # [B, N, 1 + classes]
-        class_loss = F.cross_entropy(
-            logits.transpose(1, 2), classes, self.class_weight, reduction="sum"
-        )
-        features = features[shown]  # [n, D]
-        boxes, masks = targets["patch_boxes"][shown], targets["patch_masks"][shown]
-        box_loss = F.l1_loss(self.box_head(features).float(), boxes, reduction="none")
-        mask_loss = F.binary_cross_entropy_with_logits(
-            self.mask_head(features).float(), masks.float(), reduction="none"
-        )
-        sums = [loss.mean(dim=1).sum() for loss in (box_loss, mask_loss)]
-        return torch.stack([class_loss, *sums])
 
 
 @dataclass(kw_only=True)
@@ -246,11 +199,12 @@ def validation_losses(
 ) -> dict[str, float]:
     """Mean cross-entropy of suffix tokens: of all, of words, of loc and seg tokens.
 
-    A question of each task about each validation scene, each question alone.
+    A question of each task about each validation scene, each question alone. And the
+    mean IoU of masks, each token the best after the right ones, with the right masks.
     """
     first_tokens = ["<loc0000>", "<seg000>"]
     first_loc, first_seg = processor.tokenizer.convert_tokens_to_ids(first_tokens)
-    targets, losses = [], []
+    targets, losses, codes = [], [], []
     for seed in VALIDATION_SEEDS[:num_scenes]:
         scene = make_scene(seed, processor.image_size)
         rng = random.Random(f"questions {seed}")
@@ -262,15 +216,24 @@ def validation_losses(
         logits = model(**batch)["logits"][:, :-1].float()  # [B, T - 1, V]
         is_suffix = labels != -100
         targets.append(labels[is_suffix])
-        losses.append(F.cross_entropy(logits[is_suffix], targets[-1], reduction="none"))
-    targets, losses = torch.cat(targets), torch.cat(losses)  # [suffix tokens] each
+        logits = logits[is_suffix]  # [suffix tokens, V]
+        losses.append(F.cross_entropy(logits, targets[-1], reduction="none"))
+        codes.append(logits[:, first_seg : first_seg + NUM_SEGS].argmax(dim=-1))
+    parts = torch.cat(targets), torch.cat(losses), torch.cat(codes)
+    targets, losses, codes = (part.cpu() for part in parts)  # [suffix tokens] each
     is_loc = (targets >= first_loc) & (targets < first_loc + NUM_LOCS)
     is_seg = (targets >= first_seg) & (targets < first_seg + NUM_SEGS)
+    written, right = (
+        codes[is_seg].view(-1, 16),
+        (targets[is_seg] - first_seg).view(-1, 16),
+    )
+    drawn, wanted = (vqvae.decoder(masks)[:, 0] > 0 for masks in (written, right))
     return {
         "validation_loss": losses.mean().item(),
         "validation_loss_words": losses[~(is_loc | is_seg)].mean().item(),
         "validation_loss_locs": losses[is_loc].mean().item(),
         "validation_loss_segs": losses[is_seg].mean().item(),
+        "validation_mask_iou": mask_iou(drawn, wanted).mean().item(),
     }
 
 
