@@ -40,9 +40,9 @@ def fourier_locs(width: int) -> Float[Tensor, "1024 D"]:
     Source: Tancik et al. 2020.
     """
     coordinate = torch.linspace(0, 1, NUM_LOCS)[:, None]  # [1024, 1]
-    periods = 0.5 * 128 ** torch.linspace(0, 1, width // 2)  # [D/2]
-    angles = 2 * math.pi * coordinate * periods  # [1024, D/2]
-    fade = periods**-0.5  # coarse waves weigh most: far apart must look far apart
+    frequencies = 0.5 * 128 ** torch.linspace(0, 1, width // 2)  # [D/2]
+    angles = 2 * math.pi * coordinate * frequencies  # [1024, D/2]
+    fade = frequencies**-0.5  # coarse waves weigh most: far apart must look far apart
     waves = torch.cat([angles.sin() * fade, angles.cos() * fade], dim=1)  # [1024, D]
     waves = F.normalize(F.pad(waves, (0, width - waves.shape[1])), dim=1)
     return F.normalize(waves + 0.5 * F.normalize(torch.randn(width), dim=0), dim=1)
@@ -77,8 +77,8 @@ def initialize(
 def embedded_config(tokenizer: object, num_key_value_heads: int = 1) -> PaliGemmaConfig:
     """The shape of the model that ships with the book: PaliGemma's, for a laptop.
 
-    As in PaliGemma, one key/value head serves all query heads, and `head_dim` isn't
-    hidden_size / num_attention_heads.
+    As in PaliGemma, one key/value head serves all query heads. As in Gemma 7B,
+    `head_dim` isn't hidden_size / num_attention_heads.
     """
     vision = dict(image_size=128, patch_size=16, num_hidden_layers=6)
     vision |= dict(hidden_size=160, intermediate_size=640, num_attention_heads=5)
