@@ -35,7 +35,6 @@ from vlm.pretraining import (
     main,
     run,
     soft_targets,
-    two_phase_schedule,
     validation_losses,
 )
 from vlm.processing import PaliGemmaProcessor
@@ -54,12 +53,10 @@ from vlm.scenes import (
     all_classes,
     make_scene,
 )
-from vlm.training import SuffixLoss, train
+from vlm.training import SuffixLoss
 from vlm.weights import load_hf_model
 
-CONFIG = PretrainingConfig(
-    steps=4, vision_steps=2, batch_size=2, num_workers=0, evaluation_scenes=0
-)
+CONFIG = PretrainingConfig(steps=4, batch_size=2, num_workers=0, evaluation_scenes=0)
 LOSSES = {"validation_loss": 1.5, "validation_loss_segs": 0.5}
 LOSSES |= {"validation_loss_words": 1.6, "validation_loss_locs": 1.7}
 LOSSES |= {"validation_mask_iou": 0.5}
@@ -219,7 +216,7 @@ def test_an_item_depends_on_its_index_alone(processor, vqvae):
     dataset = SceneDataset(processor, vqvae)
     first = dataset[7]
     dataset[8]
-    again = SceneDataset(processor, vqvae, vision_only=7)[7]
+    again = SceneDataset(processor, vqvae)[7]
     assert first.keys() == again.keys()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["pixel_values"], dataset[8]["pixel_values"])
@@ -309,10 +306,8 @@ def test_masks_encoded_together_are_as_one_by_one():
     assert len({*map(tuple, codes)}) == len(masks) > 1
 
 
-def test_the_first_items_have_no_questions(processor, vqvae):
-    dataset = SceneDataset(processor, vqvae, vision_only=2)
-    batch = collate([dataset[0], dataset[1]])
-    assert set(batch) == {"pixel_values", "patch_classes", "patch_boxes", "patch_masks"}
+def test_rows_are_padded_on_the_right(processor, vqvae):
+    dataset = SceneDataset(processor, vqvae)
     batch = collate([dataset[2], dataset[3]])
     lengths = [len(dataset[index]["input_ids"]) for index in (2, 3)]
     assert batch["input_ids"].shape == (2, max(lengths))
@@ -340,7 +335,7 @@ def test_soft_targets_by_hand():
 def test_hard_unweighted_and_alone_it_is_the_models_own_loss(processor, vqvae):
     config = replace(CONFIG, seg_targets="hard", seg_weight=1.0, questions_per_image=1)
     objective = make_objective(processor, vqvae, config)
-    dataset = SceneDataset(processor, vqvae, 0, num_questions=1)
+    dataset = SceneDataset(processor, vqvae, num_questions=1)
     batch = collate([dataset[index] for index in range(6)])
     ids, types = batch["input_ids"], batch["token_type_ids"]
     plain = {
@@ -378,14 +373,11 @@ def test_seg_tokens_have_their_weight_and_soft_targets(processor, vqvae):
     torch.testing.assert_close(objective.text_loss(logits, batch), wanted)
 
 
-def test_the_vision_phase_leaves_the_decoder_untouched(processor, vqvae):
-    objective = make_objective(processor, vqvae)
-    before = {name: p.detach().clone() for name, p in objective.named_parameters()}
-    train(objective, SceneDataset(processor, vqvae, 4), collate, CONFIG, stop_after=2)
-    for name, parameter in objective.named_parameters():
-        is_decoder = name.startswith("model.language_model")
-        assert torch.equal(parameter, before[name]) == is_decoder, name
-    dataset = SceneDataset(processor, vqvae)
+def test_every_parameter_has_a_gradient(processor, vqvae):
+    objective, dataset = (
+        make_objective(processor, vqvae),
+        SceneDataset(processor, vqvae),
+    )
     objective(collate([dataset[0], dataset[1]])).sum().backward()
     assert all(parameter.grad is not None for parameter in objective.parameters())
 
@@ -406,19 +398,8 @@ def test_weights_of_the_losses(processor, vqvae):
     assert weights == pytest.approx((1, 0.3, 0.3 * BOX_WEIGHT, 0.3))
     changed = replace(CONFIG, mask_weight=0.0)
     assert make_objective(processor, vqvae, changed).weights[-1] == 0
-    nothing = replace(CONFIG, auxiliary_weight=0.0, vision_steps=0)
+    nothing = replace(CONFIG, auxiliary_weight=0.0)
     assert make_objective(processor, vqvae, nothing).weights == (1, 0, 0, 0)
-
-
-def test_the_learning_rate_rises_and_falls_twice():
-    config = PretrainingConfig(steps=300, vision_steps=100, learning_rate=2.0)
-    rates = [two_phase_schedule(step, config) for step in range(300)]
-    assert rates[0] == pytest.approx(2 / 5) and rates[4] == rates[109] == 2.0
-    assert rates[100] == pytest.approx(2 / 10)
-    assert max(rates[98:100] + rates[-1:]) < 0.01
-    assert rates[5:100] == sorted(rates[5:100], reverse=True)
-    once = PretrainingConfig(steps=300, vision_steps=0, learning_rate=2.0)
-    assert two_phase_schedule(14, once) == 2.0
 
 
 def test_validation_losses_are_means_over_tokens(processor, vqvae):
@@ -488,8 +469,6 @@ def test_validation_masks_are_drawn_from_the_best_codes(processor, monkeypatch):
         ({"questions_per_image": 7}, "questions_per_image"),
         ({"questions_per_image": 0}, "questions_per_image"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"vision_steps": 24_000}, "vision_steps"),
-        ({"auxiliary_weight": 0.0}, "vision_steps"),
         ({"seg_weight": -1.0}, "seg_weight"),
     ],
 )
@@ -500,7 +479,7 @@ def test_settings_that_cant_be(settings, word):
 
 # The command
 
-SHORT = "--steps 4 --vision_steps 2 --batch_size 2 --num_workers 0 --save_every 1"
+SHORT = "--steps 4 --batch_size 2 --num_workers 0 --save_every 1"
 SHORT += " --evaluation_scenes 2"
 
 
@@ -554,21 +533,19 @@ def test_one_command_makes_everything(small, evaluated, tmp_path, capsys):
     card = (output / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense: apache-2.0\n")
     command = card.partition("--output runs/stickers ")[2].partition("\n")[0]
-    assert "--steps 4 " in command and "--vision_steps 2 " in command
+    assert "--steps 4 " in command
     assert "seg_weight" not in command  # it has its default
     assert "| caption: class F1 | 0.500 |" in card
     lines = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
     log = [json.loads(line) for line in lines]
-    assert [e["text"] > 0 for e in log if "text" in e] == [False, False, True, True]
+    assert [e["text"] > 0 for e in log if "text" in e] == [True] * 4
     assert log[-1] == {"step": 4, **LOSSES}
     theirs = MaskDecoder.from_pretrained(EMBEDDED).state_dict()
     for name, tensor in MaskDecoder.from_pretrained(output).state_dict().items():
         assert torch.equal(tensor, theirs[name])
 
 
-def test_stopped_in_either_phase_and_resumed_it_makes_the_same(
-    small, evaluated, tmp_path
-):
+def test_stopped_and_resumed_it_makes_the_same(small, evaluated, tmp_path):
     straight, parts = tmp_path / "straight", tmp_path / "parts"
     command = ["--output", str(parts), *SHORT.split()]
     assert main(["--output", str(straight), *SHORT.split()]) == 0
@@ -674,18 +651,18 @@ def test_ablations_are_made_row_by_row(small, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ablate.subprocess, "run", call)
     table, more = tmp_path / "table.json", "--steps 2 --batch_size 2 --num_workers 0"
     where = ["--runs", str(tmp_path), "--table", str(table)]
-    command = ["ablate.py", *where, "--only", "vision", "--seeds", "0", "1"]
+    command = ["ablate.py", *where, "--only", "random loc", "--seeds", "0", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--", *more.split()])
-    begun = f"--evaluation_scenes 0 --seed 1 {more} --vision_steps 0 --stop_after 1"
+    begun = f"--evaluation_scenes 0 --seed 1 {more} --loc_init random --stop_after 1"
     assert main(["--output", str(tmp_path / "6-1"), *begun.split()]) == 0
     ablate.main()
     entries = json.loads(table.read_text())
     assert [(e["row"], e["seed"]) for e in entries] == [
-        ("no vision phase", 0),
-        ("no vision phase", 1),
+        ("random loc embeddings", 0),
+        ("random loc embeddings", 1),
     ]
     for entry in entries:
-        assert "--vision_steps=0" in entry["command"]
+        assert "--loc_init=random" in entry["command"]
         assert entry["all tokens"] == 1.5 and entry["seg tokens"] == 0.5
     assert ["--resume" in call for call in calls] == [False, True]
     ablate.main()  # nothing is left to do

@@ -302,13 +302,6 @@ def test_the_log_has_mean_losses_and_what_is_evaluated():
     assert [e["step"] for e in again if "score" in e] == [8]  # eval_every = 0
 
 
-def test_a_schedule_of_ones_own():
-    log, _ = run(
-        schedule=lambda step: 1e-4 * step, config=replace(CONFIG, save_every=1)
-    )
-    assert [entry["learning_rate"] for entry in log] == [1e-4 * s for s in range(8)]
-
-
 # Stopped and resumed
 
 

@@ -18,15 +18,14 @@ from pathlib import Path
 from vlm.runs import STATE_FILE, run_folder
 
 ROOT = Path(__file__).resolve().parent.parent
-SHORT = {"steps": 600, "vision_steps": 100, "evaluation_scenes": 0}
+SHORT = {"steps": 600, "evaluation_scenes": 0}
 ROWS = {
     "the recipe": {},
     "AdamW for all parameters": {"optimizer": "adamw"},
     "AdamW, half the learning rate": {"optimizer": "adamw", "learning_rate": 1e-3},
     "AdamW, twice the learning rate": {"optimizer": "adamw", "learning_rate": 4e-3},
-    "no auxiliary losses": {"auxiliary_weight": 0, "vision_steps": 0},
+    "no auxiliary losses": {"auxiliary_weight": 0},
     "no auxiliary mask loss": {"mask_weight": 0},
-    "no vision phase": {"vision_steps": 0},
     "random loc embeddings": {"loc_init": "random"},
     "random position embeddings": {"position_init": "random"},
     "one question an image (no packing)": {"questions_per_image": 1},
@@ -34,7 +33,7 @@ ROWS = {
     "seg tokens weigh 1, as all do": {"seg_weight": 1},
     "two key/value heads": {"num_key_value_heads": 2},
     "four key/value heads": {"num_key_value_heads": 4},
-    "batches of 64": {"batch_size": 64, "steps": 150, "vision_steps": 25},
+    "batches of 64": {"batch_size": 64, "steps": 150},
 }
 
 

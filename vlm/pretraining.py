@@ -26,21 +26,16 @@ from .questions import sample_question
 from .runs import publish, run_command, setting
 from .scene_dataset import TASKS, SceneDataset, collate
 from .scenes import ASSETS, VALIDATION_SEEDS, make_scene
-from .training import Objective, TrainingConfig, learning_rate_at, train
+from .training import Objective, TrainingConfig, train
 from .weights import load_hf_model, make_processor, save_hf_model
 
 
 @dataclass(kw_only=True)
 class PretrainingConfig(TrainingConfig):
-    """The recipe. Each trick has a value that turns it off; ValueError for an odd one.
-
-    First `vision_steps` of image encoder and projector, then the rest of everything.
-    """
+    """The recipe; each trick has a value that turns it off. Raises ValueError."""
 
     # 384,000 pictures, none twice: what two CPU cores manage in a night.
-    steps: int = setting(24_000, "updates of the weights, in both phases together")
-    # A step of the first phase takes a fifth of the time of a later one.
-    vision_steps: int = setting(4000, "of them in the first phase; 0: no such phase")
+    steps: int = setting(24_000, "updates of the weights")
     # For equal pictures, many small steps learn more than few large ones.
     batch_size: int = setting(16, "examples an update, all processes together")
     # Less padding than in 16 rows together, and less memory.
@@ -73,15 +68,6 @@ class PretrainingConfig(TrainingConfig):
     mask_tokens: str = setting("", "folder with other mask tokens than the embedded")
     evaluation_scenes: int = setting(500, "in the model card's table; 0: no table")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.vision_steps >= self.steps:
-            raise ValueError(
-                f"vision_steps={self.vision_steps} must be below steps={self.steps}"
-            )
-        if self.vision_steps and not self.auxiliary_weight:
-            raise ValueError("no auxiliary losses, no vision phase: --vision_steps 0")
-
 
 def soft_targets(codebook: Codebook) -> Float[Tensor, "128 128"]:
     """For each right code, a distribution over all codes that favors similar ones.
@@ -98,10 +84,7 @@ BOX_WEIGHT = 5.0  # distances are fractions of a picture; DETR multiplies them b
 
 
 class PretrainingObjective(Objective):
-    """Text loss and auxiliary losses, in one forward pass.
-
-    A batch without questions trains image encoder and projector alone.
-    """
+    """Text loss and auxiliary losses, in one forward pass."""
 
     names = ("text", *AuxiliaryHeads.names)
 
@@ -138,11 +121,8 @@ class PretrainingObjective(Objective):
 
     def counts(self, batch: dict[str, Tensor]) -> Float[Tensor, "4"]:
         """The weight of all suffix tokens, then `AuxiliaryHeads.counts`."""
-        auxiliary = self.heads.counts(batch["patch_classes"])
-        text = auxiliary.new_zeros(1)
-        if "input_ids" in batch:
-            text = self._token_weights(batch).sum()[None]
-        return torch.cat([text, auxiliary])
+        text = self._token_weights(batch).sum()
+        return torch.cat([text[None], self.heads.counts(batch["patch_classes"])])
 
     def text_loss(
         self, logits: Float[Tensor, "B n V"], batch: dict[str, Tensor]
@@ -161,33 +141,22 @@ class PretrainingObjective(Objective):
 
     def forward(self, batch: dict[str, Tensor]) -> Float[Tensor, "4"]:
         """The sum of each loss; `counts` says what it will be divided by."""
-        if "input_ids" in batch:
-            num_image_tokens = self.model.config.vision_config.num_image_tokens
-            ids, types = batch["input_ids"], batch["token_type_ids"]
-            segments = batch["segment_ids"]  # -1: padding
-            mask = make_attn_mask(segments >= 0, types, segment_ids=segments)
-            outputs = self.model(
-                input_ids=ids,
-                pixel_values=batch["pixel_values"],
-                attention_mask=mask,
-                position_ids=batch["position_ids"],
-                logits_to_keep=ids.shape[1] - num_image_tokens,
-                output_image_hidden_states=True,
-            )
-            features = outputs["image_hidden_states"]  # [B, N, D]
-            text = self.text_loss(outputs["logits"], batch)
-        else:
-            features = self.model.encode_images(batch["pixel_values"])  # [B, N, D]
-            text = torch.zeros((), device=features.device)
+        num_image_tokens = self.model.config.vision_config.num_image_tokens
+        ids, segments = batch["input_ids"], batch["segment_ids"]  # -1: padding
+        mask = make_attn_mask(
+            segments >= 0, batch["token_type_ids"], segment_ids=segments
+        )
+        outputs = self.model(
+            input_ids=ids,
+            pixel_values=batch["pixel_values"],
+            attention_mask=mask,
+            position_ids=batch["position_ids"],
+            logits_to_keep=ids.shape[1] - num_image_tokens,
+            output_image_hidden_states=True,
+        )
+        text = self.text_loss(outputs["logits"], batch)
+        features = outputs["image_hidden_states"]  # [B, N, D]
         return torch.cat([text[None], self.heads(features, batch)])
-
-
-def two_phase_schedule(step: int, config: PretrainingConfig) -> float:
-    """The learning rate at `step` (from 0): warm-up and cosine, once in each phase."""
-    first, peak = config.vision_steps, config.learning_rate
-    if step < first:
-        return learning_rate_at(step, first, peak)
-    return learning_rate_at(step - first, config.steps - first, peak)
 
 
 @torch.no_grad()
@@ -250,8 +219,7 @@ def write_card(folder: Path, name: str, config: PretrainingConfig) -> None:
         command=f"python -m vlm.pretraining --output runs/{name}{''.join(flags)}",
         images=config.steps * config.batch_size,
         batch_size=config.batch_size,
-        vision_steps=config.vision_steps,
-        other_steps=config.steps - config.vision_steps,
+        steps=config.steps,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -280,11 +248,9 @@ def run(
     processor = make_processor(model, tokenizer)
     first_seg = tokenizer.convert_tokens_to_ids("<seg000>")
     objective = PretrainingObjective(model, codebook, first_seg, config)
-    vision_only = config.vision_steps * config.batch_size
-    dataset = SceneDataset(processor, vqvae, vision_only, config.questions_per_image)
+    dataset = SceneDataset(processor, vqvae, config.questions_per_image)
     log = train(
         *(objective, dataset, collate, config, output, resume, stop_after),
-        schedule=partial(two_phase_schedule, config=config),
         evaluate=lambda step: validation_losses(model, processor, vqvae),
         about={"codebook": hashlib.sha256(codebook._embedding.numpy()).hexdigest()},
         free=("mask_tokens", "evaluation_scenes"),

@@ -63,14 +63,10 @@ EMPTY_PROB = 0.05  # of the scenes: enough to learn that nothing may be there
 
 @dataclass
 class SceneDataset(Dataset):
-    """Scenes of training seeds with patch targets and questions; the index is the seed.
-
-    The first `vision_only` items have no questions, the others `num_questions`.
-    """
+    """Training scenes with patch targets and packed questions; the index is the seed."""
 
     processor: PaliGemmaProcessor
     vqvae: MaskVQVAE
-    vision_only: int = 0
     num_questions: int = len(TASKS)
 
     def __len__(self) -> int:
@@ -89,8 +85,6 @@ class SceneDataset(Dataset):
         )
         item = patch_targets(scene, math.isqrt(processor.num_image_tokens))
         item["pixel_values"] = image_to_pixels(scene.image, processor.image_size)
-        if index < self.vision_only:
-            return item
         # Random(index) would repeat the very numbers that planned the scene.
         rng, rows = random.Random(f"questions {index}"), []
         for task in rng.sample(TASKS, self.num_questions):  # in any order

@@ -232,7 +232,6 @@ def train(
     output: Path | None = None,
     resume: bool = False,
     stop_after: int | None = None,
-    schedule: Callable[[int], float] | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     about: dict[str, Any] | None = None,
     free: Sequence[str] = (),
@@ -243,11 +242,11 @@ def train(
     Step s takes items (s - 1) * batch_size … s * batch_size - 1 of `dataset`, so an
     item should depend on its index alone. `output`: where the caller will `publish` a
     result of `result_bytes`; until then log and state lie beside it (None: nowhere).
-    `stop_after`: save and stop at this step. `schedule(step)`, step from 0: another one
-    than `learning_rate_at`. `evaluate(step)`: more to log, every `eval_every` steps
-    (then also before the first) and last. `about`: what else must be the same when a
-    run is resumed, but for the names in `free`. Raises as `open_run`, `training_step`,
-    `require_space`, `save_state`; ValueError for a batch that processes can't share.
+    `stop_after`: save and stop at this step. `evaluate(step)`: more to log, every
+    `eval_every` steps (then also before the first) and last. `about`: what else must
+    be the same when a run is resumed, but for the names in `free`. Raises as
+    `open_run`, `training_step`, `require_space`, `save_state`; ValueError for a batch
+    that processes can't share.
     """
     accelerator = make_accelerator(config.mixed_precision)
     settings = asdict(config) | (about or {})
@@ -274,9 +273,6 @@ def train(
     log, output = state["log"], output if main else None  # one writes
     del state  # three times the weights
     write_log(output, log)
-    schedule = schedule or partial(
-        learning_rate_at, steps=config.steps, peak=config.learning_rate
-    )
     eval_every = config.eval_every or config.steps
 
     def add_to_log(step: int, values: dict[str, float]) -> None:
@@ -294,7 +290,7 @@ def train(
     bar = tqdm(range(first + 1, last + 1), "training", disable=None if main else True)
     losses = []
     for step, parts in zip(bar, loader):
-        rate = schedule(step - 1)
+        rate = learning_rate_at(step - 1, config.steps, config.learning_rate)
         losses.append(training_step(accelerator, objective, optimizer, parts, rate))
         saves = step == last or step % (config.save_every or last) == 0
         evaluates = step == config.steps or step % eval_every == 0
