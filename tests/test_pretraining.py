@@ -57,6 +57,8 @@ from vlm.training import SuffixLoss
 from vlm.weights import load_hf_model
 
 CONFIG = PretrainingConfig(steps=4, batch_size=2, num_workers=0, evaluation_scenes=0)
+# Muon raises a gradient's small singular values, and with them what rounding made.
+ADAMW = replace(CONFIG, optimizer="adamw")
 LOSSES = {"validation_loss": 1.5, "validation_loss_segs": 0.5}
 LOSSES |= {"validation_loss_words": 1.6, "validation_loss_locs": 1.7}
 LOSSES |= {"validation_mask_iou": 0.5}
@@ -271,7 +273,7 @@ def test_every_task_is_asked_once_and_any_can_be_first(processor, vqvae):
         assert sorted(words) == ["answer"] * 3 + ["caption", "detect", "segment"]
         first[words[0]] += 1
     assert min(first[word] for word in ("caption", "detect", "segment")) >= 8
-    assert len(list(texts(SceneDataset(processor, vqvae, 0, 2)[0], processor))) == 2
+    assert len(list(texts(SceneDataset(processor, vqvae, 2)[0], processor))) == 2
 
 
 def test_the_order_of_questions_doesnt_tell_the_number_of_stickers(
@@ -374,10 +376,8 @@ def test_seg_tokens_have_their_weight_and_soft_targets(processor, vqvae):
 
 
 def test_every_parameter_has_a_gradient(processor, vqvae):
-    objective, dataset = (
-        make_objective(processor, vqvae),
-        SceneDataset(processor, vqvae),
-    )
+    objective = make_objective(processor, vqvae)
+    dataset = SceneDataset(processor, vqvae)
     objective(collate([dataset[0], dataset[1]])).sum().backward()
     assert all(parameter.grad is not None for parameter in objective.parameters())
 
@@ -603,7 +603,7 @@ import sys
 import torch
 sys.path[:0] = {paths!r}
 from vlm import pretraining
-from test_pretraining import CONFIG, LOSSES, replace, small_model
+from test_pretraining import ADAMW, LOSSES, replace, small_model
 from vlm.initialization import make_tokenizer
 from pathlib import Path
 
@@ -612,7 +612,7 @@ tokenizer = make_tokenizer(num_scenes=50)
 pretraining.new_model = lambda seed, **_: (small_model(tokenizer, seed), tokenizer)
 pretraining.validation_losses = lambda *_: LOSSES
 pretraining.run(
-    replace(CONFIG, batch_size=4, micro_batch_size=1), Path(sys.argv[1])
+    replace(ADAMW, batch_size=4, micro_batch_size=1), Path(sys.argv[1])
 )
 print(f"one of {{torch.distributed.get_world_size()}} processes")  # in one write
 """
@@ -623,7 +623,7 @@ def test_two_processes_make_what_one_makes(small, tmp_path):
     script.write_text(PAIR.format(paths=[str(ROOT), str(ROOT / "tests")]))
     done = run_in_two_processes(script, str(tmp_path / "two"))
     assert done.stdout.count("one of 2 processes") == 2, done.stdout
-    run(replace(CONFIG, batch_size=4), tmp_path / "one")
+    run(replace(ADAMW, batch_size=4), tmp_path / "one")
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("one", "two")]
     for line, other in zip(*map(str.splitlines, logs), strict=True):
         assert json.loads(line) == pytest.approx(json.loads(other), rel=1e-4)

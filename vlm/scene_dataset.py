@@ -63,7 +63,7 @@ EMPTY_PROB = 0.05  # of the scenes: enough to learn that nothing may be there
 
 @dataclass
 class SceneDataset(Dataset):
-    """Training scenes with patch targets and packed questions; the index is the seed."""
+    """Training scenes: patch targets and packed questions; the index is the seed."""
 
     processor: PaliGemmaProcessor
     vqvae: MaskVQVAE

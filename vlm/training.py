@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -132,8 +131,6 @@ def make_accelerator(mixed_precision: str = "no") -> Accelerator:
     return Accelerator(
         mixed_precision=mixed_precision,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        # A phase may leave parts of the model without gradients.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
 
 
