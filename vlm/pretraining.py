@@ -52,7 +52,7 @@ class PretrainingConfig(TrainingConfig):
     questions_per_image: int = setting(
         len(TASKS), "packed into one row", choices=range(1, len(TASKS) + 1)
     )
-    # There are three; together they weigh about as much as the text.
+    # So the three together are about a fifth of the whole loss.
     auxiliary_weight: float = setting(0.3, "of the auxiliary losses; 0: none of them")
     # Which pixels are the object's: what `segment` will be asked.
     mask_weight: float = setting(1.0, "of masks among them; 0: no masks")
