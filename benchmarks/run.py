@@ -222,10 +222,8 @@ def training(folder: Path, rounds: int, device: str) -> list[dict[str, float | s
 
     def trainer(model: torch.nn.Module, batch: dict) -> Callable[[], torch.Tensor]:
         model.train()
-        optimizer, batch = (
-            torch.optim.AdamW(model.parameters(), lr=1e-5),
-            to(batch, model),
-        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        batch = to(batch, model)
 
         def step() -> torch.Tensor:
             loss = model(**batch)["loss"]

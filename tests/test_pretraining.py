@@ -439,13 +439,11 @@ def test_validation_masks_are_drawn_from_the_best_codes(processor, monkeypatch):
 
     def raised(input_ids, codes=None, **inputs):
         outputs = forward(input_ids=input_ids, **inputs)
-        right = input_ids.roll(-1, 1) if codes is None else first + codes
-        is_seg = (input_ids.roll(-1, 1) >= first) & (
-            input_ids.roll(-1, 1) < first + 128
-        )
-        bonus = torch.nn.functional.one_hot(
-            right.where(is_seg, 0), outputs["logits"].shape[-1]
-        )
+        right = input_ids.roll(-1, 1)  # the next token of each
+        is_seg = (right >= first) & (right < first + 128)
+        best = right if codes is None else first + codes
+        vocab_size = outputs["logits"].shape[-1]
+        bonus = F.one_hot(best.where(is_seg, 0), vocab_size)
         return {"logits": outputs["logits"] + 100 * bonus}
 
     monkeypatch.setattr(pretraining, "sample_question", ask)
@@ -603,7 +601,7 @@ import sys
 import torch
 sys.path[:0] = {paths!r}
 from vlm import pretraining
-from test_pretraining import ADAMW, LOSSES, replace, small_model
+from test_pretraining import ADAMW, CONFIG, LOSSES, replace, small_model
 from vlm.initialization import make_tokenizer
 from pathlib import Path
 
@@ -611,9 +609,9 @@ torch.set_num_threads(1)
 tokenizer = make_tokenizer(num_scenes=50)
 pretraining.new_model = lambda seed, **_: (small_model(tokenizer, seed), tokenizer)
 pretraining.validation_losses = lambda *_: LOSSES
-pretraining.run(
-    replace(ADAMW, batch_size=4, micro_batch_size=1), Path(sys.argv[1])
-)
+for name, config in (("adamw", ADAMW), ("muon", CONFIG)):
+    config = replace(config, batch_size=4, micro_batch_size=1)
+    pretraining.run(config, Path(sys.argv[1], name))
 print(f"one of {{torch.distributed.get_world_size()}} processes")  # in one write
 """
 
@@ -623,11 +621,13 @@ def test_two_processes_make_what_one_makes(small, tmp_path):
     script.write_text(PAIR.format(paths=[str(ROOT), str(ROOT / "tests")]))
     done = run_in_two_processes(script, str(tmp_path / "two"))
     assert done.stdout.count("one of 2 processes") == 2, done.stdout
-    run(replace(ADAMW, batch_size=4), tmp_path / "one")
-    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("one", "two")]
-    for line, other in zip(*map(str.splitlines, logs), strict=True):
-        assert json.loads(line) == pytest.approx(json.loads(other), rel=1e-4)
-    ours, theirs = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    for name, config, within in (("adamw", ADAMW, 1e-4), ("muon", CONFIG, 1e-2)):
+        one, two = tmp_path / "one" / name, tmp_path / "two" / name
+        run(replace(config, batch_size=4), one)
+        logs = [(folder / "log.jsonl").read_text() for folder in (one, two)]
+        for line, other in zip(*map(str.splitlines, logs), strict=True):
+            assert json.loads(line) == pytest.approx(json.loads(other), rel=within)
+    ours, theirs = (weights_of(tmp_path / name / "adamw") for name in ("one", "two"))
     for name, tensor in ours.items():
         # AdamW divides by a gradient's own size: where that is tiny, so is what two
         # orders of summation agree on.

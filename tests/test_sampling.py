@@ -438,6 +438,19 @@ def test_more_than_eight_sizes_can_be_compiled(model, monkeypatch, no_type_check
     compiled_decode_step.cache_clear()
 
 
+def test_what_has_no_probability_is_never_drawn(monkeypatch):
+    """Though a GPU's running sum, made in parallel, can rise there by a hair."""
+    cumsum = torch.Tensor.cumsum
+    hair = torch.tensor([[1e-3, 0, 1e-3, 0, 0]])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda p, dim: cumsum(p, dim) + hair)
+    logits = torch.tensor([[-torch.inf, 0, -torch.inf, 0, -torch.inf]])
+    for uniform in (0.0, 5e-4, 0.4999, 0.5001, 0.9999):
+        token_id, probability = sample_next_token(
+            logits, True, uniform=torch.tensor([uniform])
+        )
+        assert token_id in (1, 3) and probability == 0.5
+
+
 def test_a_model_keeps_its_static_caches(model, monkeypatch):
     """One for all answers of the same sizes, but never for two at once."""
     made = []

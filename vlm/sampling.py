@@ -216,7 +216,8 @@ def compiled_decode_step(device_type: str) -> Callable:
     """`decode_one_token` compiled, once for all: on a GPU into a CUDA graph."""
     mode = "reduce-overhead" if device_type == "cuda" else None
     # Each batch size and length of the cache is one more; at eight PyTorch would stop.
-    torch._dynamo.config.recompile_limit = 64
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 64)
     return torch.compile(decode_one_token, fullgraph=True, dynamic=False, mode=mode)
 
 
