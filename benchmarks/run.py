@@ -38,6 +38,7 @@ from vlm import (
     save_hf_model,
 )
 from vlm.hub import find_checkpoint
+from vlm.kv_cache import KVCache
 from vlm.mask_tokens import MaskVQVAE
 from vlm.masks import make_attn_mask
 from vlm.packing import pack_questions
@@ -185,6 +186,35 @@ def speed(folder: Path, rounds: int, device: str) -> list[dict[str, float | str]
             rounds,
         ),
     ]
+
+
+@torch.no_grad()
+def long_cache(rounds: int, device: str) -> dict[str, float | str]:
+    """A step through one layer of the 3B's decoder after few and many tokens.
+
+    `more_bytes`: what the longer cache adds to the bytes that a step reads.
+    """
+    layer, few, many = GemmaConfig(num_hidden_layers=1, vocab_size=256), 300, 4000
+    decoder = GemmaForCausalLM(layer).to(device, torch.bfloat16).eval()
+
+    def step(length: int) -> Callable[[], object]:
+        kv_cache = KVCache()
+
+        def states(count: int) -> torch.Tensor:
+            shape = 1, count, layer.hidden_size  # [B, T, D]
+            return torch.randn(shape).to(device, torch.bfloat16)
+
+        positions = torch.arange(length, device=device)[None]  # [B, T]
+        decoder.model(states(length), None, positions, kv_cache)
+        return lambda: decoder.model(states(1), None, positions[:, -1:], kv_cache)
+
+    row = compare(
+        f"a layer of the 3B, {few} : {many:,} cached tokens",
+        *(step(few), step(many), rounds),
+    )
+    token = 2 * layer.num_key_value_heads * layer.head_dim * 2  # keys, values; 2 bytes
+    weights = sum(p.nbytes for p in decoder.model.layers.parameters())
+    return row | {"more_bytes": 1 + token * (many - few) / weights}
 
 
 @torch.no_grad()
@@ -348,6 +378,7 @@ def main() -> None:
 
     rounds, device = arguments.rounds, arguments.device
     rows = [startup(rounds), *speed(folder, rounds, device), *int8(rounds, device)]
+    rows += [long_cache(rounds, device)]
     rows += training(folder, rounds, device)
     where = f"{folder.name} on {machine(device)}, torch {torch.__version__}"
     print(where)

@@ -231,6 +231,8 @@ def test_neighboring_query_heads_share():
     names = torch.arange(2.0).reshape(1, 2, 1, 1)
     assert repeat_kv(names, 3).flatten().tolist() == [0, 0, 0, 1, 1, 1]
     assert torch.equal(repeat_kv(names, 1), names)
+    one_head = names[:, :1]
+    assert repeat_kv(one_head, 8).data_ptr() == one_head.data_ptr()  # no copy
 
 
 def test_real_layer_has_the_checkpoints_shapes():

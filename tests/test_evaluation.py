@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vlm import evaluation, results
-from vlm.backgrounds import UNSEEN_PHOTOS, draw_background, load_photo, photo_crops
+from vlm.backgrounds import draw_background, photo_crops
 from vlm.evaluation import (
     SPLITS,
     _ask_model,
@@ -267,8 +267,7 @@ def test_empty_scenes_show_backgrounds_and_photographs_are_kept_from_training(
     for image, seed in zip(empty, VALIDATION_SEEDS[:2], strict=True):
         assert image == draw_background(plan_scene(seed).background_seed, 128).tobytes()
     crops = photo_crops("validation", 2, 128)
-    whole = [load_photo(name) for name in UNSEEN_PHOTOS]
-    assert photos == [image.tobytes() for image in [*crops, *whole]]
+    assert photos == [image.tobytes() for image in crops]
 
 
 def test_splits_are_those_of_the_world():

@@ -12,6 +12,8 @@ import transformers
 from torch._dynamo.utils import counters
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vlm.config import GemmaConfig
+from vlm.gemma import GemmaForCausalLM
 from vlm.hub import EMBEDDED
 from vlm.inference import main
 from vlm.kv_cache import KVCache
@@ -98,6 +100,19 @@ def test_flash_attention_is_possible(no_type_checks):
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION]):  # or an error
         prefill(model, inputs, KVCache())
         assert len(list(steps)) == 4
+
+
+@torch.no_grad()
+def test_padding_leaves_attention_fused(no_type_checks):
+    """No fused kernel takes a mask and groups; views of the one head, all of them."""
+    config = GemmaConfig(num_hidden_layers=1, vocab_size=256)  # the 3B's, Dh = 256
+    decoder = GemmaForCausalLM(config).to(DEVICE, torch.bfloat16)
+    ids = torch.ones(2, 16, dtype=torch.long, device=DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel([*fused, SDPBackend.CUDNN_ATTENTION]):  # or an error
+        decoder(ids, attention_mask=mask)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # the compiler's

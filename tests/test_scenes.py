@@ -11,9 +11,7 @@ from PIL import Image
 
 from vlm import backgrounds
 from vlm.backgrounds import (
-    PHOTOS,
     TRAINING_PHOTO_FRACTION,
-    UNSEEN_PHOTOS,
     draw_background,
     load_photo,
     photo_crops,
@@ -426,4 +424,3 @@ def test_photo_crops():
     assert [c.tobytes() for c in again] == [c.tobytes() for c in crops]
     with pytest.raises(KeyError, match="training"):
         photo_crops("training", 1)
-    assert not set(UNSEEN_PHOTOS) & set(PHOTOS)

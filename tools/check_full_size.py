@@ -10,6 +10,9 @@ transformers are compared on it, in processes of their own, one after the other:
 - seconds to load and then read every weight, against those to read the files, when
   they lie on the disk and when the system has them in its cache;
 - peak memory of that, against the size of the files;
+- seconds from the start of a process to 20 tokens about a photograph, in bfloat16, in
+  int8, and with transformers in bfloat16 and float32; how much of the memory's
+  bandwidth our decode steps use;
 - in float32, the logits of the whole prefill and 8 greedy tokens.
 
 With --write the numbers are kept: benchmarks/full_size.json, and the weights page's
@@ -29,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,6 +40,7 @@ NUMBERS = ROOT / "benchmarks" / "full_size.json"
 PHOTOS = ROOT / "vlm" / "assets" / "photos"
 QUESTIONS = (("chelsea.jpg", "caption en"), ("coffee.jpg", "detect cup ; spoon"))
 NEW_TOKENS = 8
+TEXT_TOKENS = 20  # a caption's length
 MEMORY_NEEDED = 17e9  # 11.7 GB of float32 weights, and what is computed from them
 LIMITS = {"logits": 1e-3, "memory": 1.08, "seconds": 1.3}
 
@@ -323,6 +328,80 @@ def part_logits_theirs(folder: Path, scratch: Path) -> dict:
     return {"tokens": tokens, "peak_memory": memory()}
 
 
+def written(model: object, tokenizer: object) -> dict:
+    """Write TEXT_TOKENS greedily about the first photograph."""
+    from vlm.sampling import GenerationConfig, token_steps
+    from vlm.weights import make_processor
+
+    photo, prompt = QUESTIONS[0]
+    inputs = make_processor(model, tokenizer)(prompt, PHOTOS / photo)
+    settings = GenerationConfig(max_new_tokens=TEXT_TOKENS)
+    start = time.perf_counter()
+    times = [time.perf_counter() for _ in token_steps(model, inputs, settings)]
+    read = [*model.language_model.model.layers.parameters()]
+    read += [*model.language_model.model.layers.buffers()]  # int8 weights
+    read += [model.language_model.lm_head.weight]
+    return {
+        "prefill_seconds": times[0] - start,
+        "step_seconds": (times[-1] - times[0]) / (len(times) - 1),
+        "step_bytes": sum(tensor.nbytes for tensor in read),
+        "peak_memory": memory(),
+    }
+
+
+def part_text_ours(folder: Path, scratch: Path) -> dict:
+    """Our model in the files' own dtype."""
+    from vlm import load_hf_model
+
+    return written(*load_hf_model(folder, "cpu"))
+
+
+def part_text_int8(folder: Path, scratch: Path) -> dict:
+    """Our model with int8 weights in the decoder's layers."""
+    from vlm import load_hf_model
+    from vlm.speed import quantize_int8
+
+    model, tokenizer = load_hf_model(folder, "cpu")
+    quantize_int8(model)
+    return written(model, tokenizer)
+
+
+def text_theirs(folder: Path, dtype: str) -> dict:
+    """The same number of tokens from transformers."""
+    import torch
+    from PIL import Image
+    from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
+
+    model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    photo, prompt = QUESTIONS[0]
+    picture = Image.open(PHOTOS / photo).convert("RGB")
+    inputs = processor(images=picture, text="<image>" + prompt, return_tensors="pt")
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    length = {"min_new_tokens": TEXT_TOKENS, "max_new_tokens": TEXT_TOKENS}
+    model.eval().generate(**inputs.to(model.dtype), **length, do_sample=False)
+    return {"peak_memory": memory()}
+
+
+def part_text_theirs_bfloat16(folder: Path, scratch: Path) -> dict:
+    """transformers in the files' own dtype."""
+    return text_theirs(folder, "bfloat16")
+
+
+def part_text_theirs_float32(folder: Path, scratch: Path) -> dict:
+    """transformers in float32, which processors without bfloat16 compute faster."""
+    return text_theirs(folder, "float32")
+
+
+def part_bandwidth(folder: Path, scratch: Path) -> dict:
+    """Bytes a second that a sum reads from memory, at best, on all threads."""
+    import torch
+
+    numbers = torch.randn(2**28)  # 1 GB: no cache holds it
+    best = min(seconds(numbers.sum)[0] for _ in range(7))
+    return {"bytes_per_second": numbers.nbytes / best}
+
+
 PARTS = {
     name.removeprefix("part_"): part
     for name, part in list(globals().items())
@@ -380,6 +459,22 @@ def measure_loading(folder: Path, rounds: int, scratch: Path, cold: bool) -> dic
     return result
 
 
+def measure_text(folder: Path, rounds: int, scratch: Path) -> dict:
+    """All ways to write, in turns: from the start of a process to its end."""
+    names = ("ours", "int8", "theirs_bfloat16", "theirs_float32")
+    done: dict[str, list[dict]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, runs in done.items():
+            work = partial(run, f"text_{name}", folder, scratch)
+            whole, one = seconds(work)
+            runs.append(one | {"seconds": whole})
+    text = {
+        name: {key: [one[key] for one in runs] for key in runs[0]}
+        for name, runs in done.items()
+    }
+    return text | run("bandwidth", folder, scratch)
+
+
 def compare_logits(scratch: Path) -> dict:
     """The largest difference of two prefills, against the size of their logits."""
     import numpy as np
@@ -412,6 +507,7 @@ def measure(folder: Path, rounds: int, scratch: Path) -> dict:
         load["disk"] = measure_loading(folder, rounds, scratch, cold=True)
     run("read", folder, scratch)
     load["cache"] = measure_loading(folder, rounds, scratch, cold=False)
+    text = measure_text(folder, rounds, scratch)
     sides = ("ours", "theirs")
     logits = {side: run(f"logits_{side}", folder, scratch) for side in sides}
     return {
@@ -429,10 +525,57 @@ def measure(folder: Path, rounds: int, scratch: Path) -> dict:
         "tokens": tokens,
         "rounds": rounds,
         "load": load,
+        "text": text,
         "logits": compare_logits(scratch),
         "greedy": {side: logits[side]["tokens"] for side in sides},
         "float32_memory": {side: logits[side]["peak_memory"] / size for side in sides},
     }
+
+
+def text_table(numbers: dict) -> list[str]:
+    """What a text costs, from the start of a process, in Markdown."""
+    text, size = numbers["text"], numbers["checkpoint"]["bytes"]
+    sides = {
+        "ours": "this book",
+        "int8": "… in int8",
+        "theirs_bfloat16": "transformers",
+        "theirs_float32": "… in float32",
+    }
+    theirs = [
+        min(pair)
+        for pair in zip(*(text[name]["seconds"] for name in [*sides][2:]), strict=True)
+    ]
+
+    def row(what: str, show: Callable[[dict], str]) -> str:
+        return " | ".join([f"| {what}", *(show(text[name]) for name in sides), ""])
+
+    def times_faster(side: dict) -> str:
+        ratios = [b / a for a, b in zip(side["seconds"], theirs, strict=True)]
+        middle = statistics.median(ratios)
+        return f"{middle:.2f} ({min(ratios):.2f} … {max(ratios):.2f})"
+
+    def step(side: dict, show: Callable[[float], str]) -> str:
+        if "step_seconds" not in side:
+            return ""
+        return show(statistics.median(side["step_seconds"]))
+
+    def share(side: dict) -> str:
+        rate = side.get("step_bytes", [0])[0] / text["bytes_per_second"]
+        return step(side, lambda seconds: f"{rate / seconds:.0%}")
+
+    return [
+        f"| a photograph and a prompt to {TEXT_TOKENS} tokens | "
+        + " | ".join(sides.values())
+        + " |",
+        "|---|" + "--:|" * len(sides),
+        row("seconds", lambda side: f"{statistics.median(side['seconds']):.1f}"),
+        row("times as fast as the faster transformers", times_faster),
+        row("peak memory, in file sizes",
+            lambda side: f"{max(side['peak_memory']) / size:.2f}"),
+        row("a decode step, in milliseconds",
+            lambda side: step(side, lambda seconds: f"{1e3 * seconds:.0f}")),
+        row("its weights' bytes a second, of the bandwidth", share),
+    ]  # fmt: skip
 
 
 def table(numbers: dict) -> str:
@@ -445,6 +588,7 @@ def table(numbers: dict) -> str:
     names = ("torch", "transformers", "safetensors", "huggingface_hub")
     versions = ", ".join(f"{name} {machine[name]}" for name in names)
     pixels_off = f"{tokens['pixels_off']:.0e}" if tokens["pixels_off"] else "none"
+    bandwidth = numbers["text"]["bytes_per_second"] / 1e9
     threads = machine["threads"]
     threads = "one thread" if threads == 1 else f"{threads} threads"
 
@@ -497,6 +641,8 @@ def table(numbers: dict) -> str:
             cache,
         ),
         "",
+        *text_table(numbers),
+        "",
         "| this book against transformers | |",
         "|---|--:|",
         f"| prompts with the same ids | {equal:,} of {tokens['prompts']:,} |",
@@ -510,8 +656,9 @@ def table(numbers: dict) -> str:
         f"Measured on {machine['system']}, CPU, {threads}, with {versions}. Times are "
         f"those of {numbers['rounds']} rounds together, the lowest and the highest "
         "round in brackets, without the tokenizer; every round began with another of "
-        "the three. Reading means once through a small buffer, keeping nothing, which "
-        "took "
+        "the three. A text's times go from the start of its process to its end; the "
+        f"bandwidth, that of a sum, was {bandwidth:.0f} GB/s. Reading means once "
+        "through a small buffer, keeping nothing, which took "
         + " and ".join(
             f"{statistics.median(load['read_seconds']):.1f} s {places[place]}"
             for place, load in loads.items()

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 def repeat_kv(
     states: Float[Tensor, "B K M Dh"], group_size: int
 ) -> Float[Tensor, "B H M Dh"]:
-    """Repeat each key/value head `group_size` times in a row: H = K · group_size."""
-    return states.repeat_interleave(group_size, dim=1)
+    """Repeat each head `group_size` times in a row; a single head without copying."""
+    groups = states.unsqueeze(2).expand(-1, -1, group_size, -1, -1)  # [B, K, G, M, Dh]
+    return groups.flatten(1, 2)  # [B, H, M, Dh]
 
 
 def eager_attention(
@@ -92,7 +93,10 @@ class GemmaAttention(nn.Module):
                 *states, attention_mask, self.scaling, self.score_mod
             )
             return attn_output, weights if output_attentions else None
-        enable_gqa = query_states.shape[1] != key_states.shape[1]
+        group_size = query_states.shape[1] // key_states.shape[1]
+        if attention_mask is not None:  # for masked groups, CUDA has no fused kernel
+            states = query_states, *(repeat_kv(s, group_size) for s in states[1:])
+        enable_gqa = attention_mask is None and group_size > 1
         attn_output = F.scaled_dot_product_attention(
             *states, attention_mask, scale=self.scaling, enable_gqa=enable_gqa
         )

@@ -15,7 +15,6 @@ from PIL import Image, ImageFilter
 from .processing import Box
 
 PHOTOS = tuple("astronaut brick camera china coffee flower grass gravel".split())
-UNSEEN_PHOTOS = ("chelsea", "rocket")  # never backgrounds: they show an object class
 TRAINING_PHOTO_FRACTION = 2 / 3  # of the width; the rest is for evaluation
 
 

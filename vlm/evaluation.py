@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from .backgrounds import UNSEEN_PHOTOS, load_photo, photo_crops
+from .backgrounds import photo_crops
 from .detection import parse_detections
 from .hub import find_checkpoint
 from .mask_tokens import MaskDecoder
@@ -193,7 +193,7 @@ def evaluate(
     blind_answer = _majority_baseline([question for each in asked for question in each])
     few = seeds[:_NUM_EMPTY]
     empty = [make_scene(seed, side, empty_prob=1.0).image for seed in few]
-    photos = photo_crops(split, len(few), side) + [*map(load_photo, UNSEEN_PHOTOS)]
+    photos = photo_crops(split, len(few), side)
     silence = {"empty scenes: silent": empty, "photographs: silent": photos}
     columns = {
         "styles trained on": (model_answer, scenes, classes),

@@ -110,10 +110,10 @@ class MaskModule(nn.Module):
 
 
 class MaskEncoder(MaskModule):
-    """Mask → a vector for each of 4 × 4 cells; reading masks does without it.
+    """Mask → a vector for each of 4 × 4 cells; not needed to read masks.
 
-    Layers and names as in `vae-oid.npz`. Source: Ning et al. 2023 (the masks as
-    tokens), van den Oord et al. 2017 (the VQ-VAE).
+    Its layers are inferred from the size of `vae-oid.npz`. Source: Ning et al. 2023
+    (the masks as tokens), van den Oord et al. 2017 (the VQ-VAE).
     """
 
     file_name = ENCODER_FILE

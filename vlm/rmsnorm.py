@@ -25,6 +25,5 @@ class GemmaRMSNorm(nn.Module):
     def forward(self, hidden_states: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """Normalize over the last axis; shape and dtype stay."""
         factors = 1.0 + self.weight.float()  # [D]
-        states = hidden_states.float()  # [..., D]
-        states = F.rms_norm(states, factors.shape, factors, self.eps)  # [..., D]
-        return states.to(hidden_states.dtype)
+        states = F.rms_norm(hidden_states.float(), factors.shape, factors, self.eps)
+        return states.to(hidden_states.dtype)  # [..., D]

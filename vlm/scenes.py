@@ -114,7 +114,7 @@ def _intersection(a: Box, b: Box) -> float:
 
 
 def _fits(candidate: Box, others: Sequence[Box]) -> bool:
-    """Inside the image, and no box covered by more than a third of its area."""
+    """Inside the image, and no box shares more than a third of its area."""
     if min(candidate) < 0 or max(candidate) > 1:
         return False
     boxes = [*others, candidate]

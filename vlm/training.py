@@ -65,9 +65,8 @@ class ChainedOptimizer(torch.optim.Optimizer):
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
         self.optimizers = optimizers
-        super().__init__(
-            [group for one in optimizers for group in one.param_groups], {}
-        )
+        groups = [group for one in optimizers for group in one.param_groups]
+        super().__init__(groups, {})
 
     def step(self, closure: None = None) -> None:
         """A step of each."""
