@@ -94,7 +94,7 @@ class GemmaAttention(nn.Module):
             )
             return attn_output, weights if output_attentions else None
         group_size = query_states.shape[1] // key_states.shape[1]
-        if attention_mask is not None:  # for masked groups, CUDA has no fused kernel
+        if attention_mask is not None:  # on CUDA, masked groups may be unfused
             states = query_states, *(repeat_kv(s, group_size) for s in states[1:])
         enable_gqa = attention_mask is None and group_size > 1
         attn_output = F.scaled_dot_product_attention(

@@ -77,7 +77,7 @@ give --mask_decoder the file that belongs to it: for Google's that is vae-oid.np
 With --json each picture gives one line: an object with file, width, height, prompt,
 answer, truncated, objects (in COCO's form: label, score, bbox, segmentation), invalid
 and repeated; or, for a file that can't be read, with file, prompt and error. The exit
-status is 1 then, 2 where nothing could be asked.
+status is 1 then, 2 for a request that can't be met.
 
 Examples:
   python -m vlm.inference --prompt "segment owl" --image_file_path a.png --output b.png

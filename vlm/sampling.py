@@ -99,7 +99,7 @@ def sample_next_token(
 def uniform_numbers(
     seed: int | None, num_steps: int, num_rows: int
 ) -> Float[Tensor, "steps B"]:
-    """Numbers in [0, 1) to draw with, for each step and row; None: others every time.
+    """Numbers in [0, 1) to draw with, for each step and row; None: always fresh ones.
 
     Those of a row depend on the seed and the row's number alone, and are drawn on the
     CPU: a seed means the same draws on every device and in every batch.
@@ -139,7 +139,7 @@ class GenerationConfig:
     top_k: int | None = None
     top_p: float | None = None
     stop: str | Sequence[str] | Callable[[list[int]], bool] | None = None
-    seed: int | None = None  # the same draws every time
+    seed: int | None = None  # with one, the same draws every time
     cache: str = "dynamic"  # grows; "static" is allocated once
     compile: bool = False  # decode steps, with a static cache: chapter 23
 

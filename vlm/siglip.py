@@ -52,7 +52,7 @@ class SiglipMLP(nn.Module):
 
 
 class SiglipEncoderLayer(nn.Module):
-    """Norm, attention, add; norm, MLP, add: a pre-norm transformer block."""
+    """Norm, attention, add; norm, MLP, add: a pre-norm transformer layer."""
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__()
