@@ -654,7 +654,8 @@ def test_ablations_are_made_row_by_row(small, monkeypatch, tmp_path, capsys):
     command = ["ablate.py", *where, "--only", "random loc", "--seeds", "0", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--", *more.split()])
     begun = f"--evaluation_scenes 0 --seed 1 {more} --loc_init random --stop_after 1"
-    assert main(["--output", str(tmp_path / "6-1"), *begun.split()]) == 0
+    folder = tmp_path / f"{list(ablate.ROWS).index('random loc embeddings')}-1"
+    assert main(["--output", str(folder), *begun.split()]) == 0
     ablate.main()
     entries = json.loads(table.read_text())
     assert [(e["row"], e["seed"]) for e in entries] == [

@@ -600,15 +600,15 @@ def table(numbers: dict) -> str:
         return f"| {text} | {show(load['ours'])} | {show(load['theirs'])} |"
 
     lines = [
-        f"| {numbers['checkpoint']['files']} files of together {size:.2f} GB, bfloat16 "
+        f"| {numbers['checkpoint']['files']} files, {size:.2f} GB together, bfloat16 "
         "| this book | transformers |",
         "|---|--:|--:|",
     ]
-    places = {"disk": "from the disk", "cache": "from the system's cache"}
+    places = {"disk": "from disk", "cache": "from the system's cache"}
     for place, load in loads.items():
         lines += [
             row(
-                f"load, {places[place]}, in times of reading the files",
+                f"load {places[place]}, relative to a plain read of the files",
                 lambda side: ratios(side["returned"]),
                 load,
             ),

@@ -75,7 +75,7 @@ def initialize(
 
 
 def embedded_config(tokenizer: object, num_key_value_heads: int = 1) -> PaliGemmaConfig:
-    """The shape of the model that ships with the book: PaliGemma's, for a laptop.
+    """The shape of a new embedded model: PaliGemma's, for a laptop.
 
     As in PaliGemma, one key/value head serves all query heads. As in Gemma 7B,
     `head_dim` isn't hidden_size / num_attention_heads.
