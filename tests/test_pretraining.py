@@ -24,7 +24,6 @@ from vlm.initialization import (
     initialize,
     make_tokenizer,
     new_model,
-    sincos_positions,
 )
 from vlm.mask_tokens import MaskDecoder, MaskVQVAE, mask_iou
 from vlm.paligemma import PaliGemmaForConditionalGeneration
@@ -115,15 +114,6 @@ def test_neighboring_locs_are_alike_and_far_ones_are_not():
     assert likeness[0, 1023] < 0.3
 
 
-def test_sincos_positions_are_all_different():
-    table = sincos_positions(8, 160)
-    assert table.shape == (64, 160)
-    apart = torch.cdist(table, table) + 9 * torch.eye(64)
-    assert apart.min() > 0.1
-    same_column = table.unflatten(0, (8, 8))[:, 3, 80:]  # x is the second half
-    assert (same_column == same_column[0]).all()
-
-
 def test_initial_values_are_those_that_were_asked_for(world_tokenizer):
     first = world_tokenizer.convert_tokens_to_ids("<loc0000>")
 
@@ -138,11 +128,10 @@ def test_initial_values_are_those_that_were_asked_for(world_tokenizer):
     assert embedding.norm(dim=1).mean() == pytest.approx(1, abs=0.02)
     locs = embedding[first : first + 1024]
     assert (locs[:-1] * locs[1:]).sum(dim=1).min() > 0.9
-    torch.testing.assert_close(positions, 0.5 * sincos_positions(8, 160))
-    embedding, positions = parts(loc_init="random", position_init="random")
+    assert positions.norm(dim=1).mean() == pytest.approx(1, abs=0.1)
+    embedding, _ = parts(loc_init="random")
     locs = embedding[first : first + 1024]
     assert (locs[:-1] * locs[1:]).sum(dim=1).mean().abs() < 0.02
-    assert positions.norm(dim=1).mean() == pytest.approx(1, abs=0.1)
     torch.testing.assert_close(parts()[0], parts()[0])
 
 

@@ -27,7 +27,6 @@ ROWS = {
     "no auxiliary losses": {"auxiliary_weight": 0},
     "no auxiliary mask loss": {"mask_weight": 0},
     "random loc embeddings": {"loc_init": "random"},
-    "random position embeddings": {"position_init": "random"},
     "one question an image (no packing)": {"questions_per_image": 1},
     "hard targets for seg tokens": {"seg_targets": "hard"},
     "seg tokens weigh 1, as all do": {"seg_weight": 1},
@@ -80,7 +79,8 @@ def main() -> None:
             continue
         entry = make_row(row, seed, options.runs / f"{number}-{seed}", options.flags)
         table = [*read(options.table), entry]  # others may have written meanwhile
-        table.sort(key=lambda entry: (list(ROWS).index(entry["row"]), entry["seed"]))
+        # A row that is no longer made comes last.
+        table.sort(key=lambda e: ([*ROWS, e["row"]].index(e["row"]), e["seed"]))
         options.table.write_text(json.dumps(table, indent=1) + "\n")
         print(entry)
 

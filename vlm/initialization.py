@@ -17,21 +17,6 @@ from .processing import IMAGE_TOKEN, NUM_LOCS
 from .world_tokenizer import tokenizer_corpus, train_tokenizer
 
 
-def sincos_positions(side: int, width: int) -> Float[Tensor, "N D"]:
-    """2-D sine–cosine vectors of a side × side grid, row by row; half y, half x.
-
-    Source: Vaswani et al. 2017, in two dimensions as in Chen et al. 2021 (MoCo v3).
-    """
-    quarter = width // 4
-    frequencies = 100.0 ** (-torch.arange(quarter) / quarter)  # [D/4]
-    angles = torch.arange(side)[:, None] * frequencies  # [side, D/4]
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1)  # [side, D/2]
-    rows = waves[:, None].expand(side, side, -1)  # y
-    columns = waves[None].expand(side, side, -1)  # x
-    grid = torch.cat([rows, columns], dim=-1).flatten(0, 1)  # [N, ≤ D]
-    return F.pad(grid, (0, width - grid.shape[1]))
-
-
 def fourier_locs(width: int) -> Float[Tensor, "1024 D"]:
     """Vectors of length 1 for the loc tokens, in which neighbors are alike.
 
@@ -53,13 +38,12 @@ def initialize(
     model: PaliGemmaForConditionalGeneration,
     first_loc: int,
     loc_init: str = "fourier",
-    position_init: str = "sincos",
 ) -> None:
     """Initial values of the embeddings, in place; all else keeps PyTorch's own.
 
     Token embeddings have length 1: scaled by √D they enter with unit variance. Loc
     embeddings, from the id `first_loc` on, are "fourier" features or "random" like the
-    others; positions of patches are "sincos" vectors, or "random" as in big_vision.
+    others. Positions of patches are random, as in big_vision.
     """
     embedding = model.language_model.model.embed_tokens.weight  # [V, D]
     width = embedding.shape[1]
@@ -67,11 +51,7 @@ def initialize(
     if loc_init == "fourier":
         embedding[first_loc : first_loc + NUM_LOCS] = fourier_locs(width)
     positions = model.vision_tower.vision_model.embeddings.position_embedding.weight
-    num_patches, width = positions.shape
-    positions.normal_(std=width**-0.5)
-    if position_init == "sincos":
-        # Half as large as they come: about the scale of a patch's own embedding.
-        positions.copy_(0.5 * sincos_positions(math.isqrt(num_patches), width))
+    positions.normal_(std=positions.shape[1] ** -0.5)
 
 
 def embedded_config(tokenizer: object, num_key_value_heads: int = 1) -> PaliGemmaConfig:
@@ -113,7 +93,6 @@ def new_model(
     tokenizer: PreTrainedTokenizerFast | None = None,
     num_key_value_heads: int = 1,
     loc_init: str = "fourier",
-    position_init: str = "sincos",
 ) -> tuple[PaliGemmaForConditionalGeneration, PreTrainedTokenizerFast]:
     """An untrained embedded model and its tokenizer, a new one if none is given."""
     tokenizer = tokenizer or make_tokenizer()
@@ -121,5 +100,5 @@ def new_model(
     config = embedded_config(tokenizer, num_key_value_heads)
     model = PaliGemmaForConditionalGeneration(config)
     first_loc = tokenizer.convert_tokens_to_ids("<loc0000>")
-    initialize(model, first_loc, loc_init, position_init)
+    initialize(model, first_loc, loc_init)
     return model, tokenizer

@@ -62,7 +62,6 @@ class PretrainingConfig(TrainingConfig):
     seg_targets: str = setting("soft", "of seg tokens", choices=("soft", "hard"))
     # Neighbors begin as neighbors.
     loc_init: str = setting("fourier", "of loc tokens", choices=("fourier", "random"))
-    position_init: str = setting("sincos", "of positions", choices=("sincos", "random"))
     # PaliGemma's own number.
     num_key_value_heads: int = setting(1, "of the decoder", choices=(1, 2, 4))
     mask_tokens: str = setting("", "folder with other mask tokens than the embedded")
@@ -241,7 +240,6 @@ def run(
         config.seed,
         num_key_value_heads=config.num_key_value_heads,
         loc_init=config.loc_init,
-        position_init=config.position_init,
     )
     processor = make_processor(model, tokenizer)
     first_seg = tokenizer.convert_tokens_to_ids("<seg000>")
