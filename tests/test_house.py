@@ -71,7 +71,7 @@ def test_a_chapter_is_read_in_half_an_hour(path):
 
 LINES = {"training": 350, "pretraining": 350, "mask_training": 120}
 # The aims are 6,000 lines and about 100 names: lower both as the house shrinks.
-TOTAL, PUBLIC_NAMES = 7044, 123
+TOTAL, PUBLIC_NAMES = 7031, 123
 
 
 def count_lines(path: Path) -> int:

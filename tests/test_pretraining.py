@@ -158,16 +158,15 @@ def test_patch_targets_against_counting_pixels():
         patch = scene.owner[row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
         counts = [int((patch == i).sum()) for i in range(len(scene.objects))]
         best = counts.index(max(counts))
-        label, box, mask = (targets[name][place] for name in targets)
+        label, box = (targets[name][place] for name in targets)
         if counts[best] <= 0.2 * 256:
-            assert label == 0 and not box.any() and not mask.any()
+            assert label == 0 and not box.any()
             continue
         shown += 1
         assert names[label - 1] == scene.objects[best].label
         center = torch.tensor([column + 0.5, row + 0.5] * 2) / 4
         wanted = torch.tensor(scene.objects[best].box) / 64 - center
         torch.testing.assert_close(box, wanted, atol=1e-6, rtol=0)
-        assert torch.equal(mask.view(16, 16), torch.from_numpy(patch == best))
     assert 0 < shown < 16
 
 
@@ -182,7 +181,7 @@ def test_auxiliary_losses_are_pytorchs_means(processor):
     features = torch.randn(2, 16, 128)
     items = [patch_targets(make_scene(seed, 64), 4) for seed in (5, 6)]
     batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
-    classes, boxes, masks = batch.values()
+    classes, boxes = batch.values()
     losses = heads(features, batch) / heads.counts(classes)
     weight = torch.ones(101)
     weight[0] = BACKGROUND_WEIGHT
@@ -192,9 +191,6 @@ def test_auxiliary_losses_are_pytorchs_means(processor):
         [
             F.cross_entropy(logits, classes.flatten(), weight=weight),
             F.l1_loss(heads.box_head(features)[shown], boxes[shown]),
-            F.binary_cross_entropy_with_logits(
-                heads.mask_head(features)[shown], masks[shown].float()
-            ),
         ]
     )
     torch.testing.assert_close(losses, wanted)
@@ -384,11 +380,9 @@ def test_muon_has_the_hidden_matrices_and_no_others(processor, vqvae):
 
 def test_weights_of_the_losses(processor, vqvae):
     weights = make_objective(processor, vqvae).weights
-    assert weights == pytest.approx((1, 0.3, 0.3 * BOX_WEIGHT, 0.3))
-    changed = replace(CONFIG, mask_weight=0.0)
-    assert make_objective(processor, vqvae, changed).weights[-1] == 0
+    assert weights == pytest.approx((1, 0.3, 0.3 * BOX_WEIGHT))
     nothing = replace(CONFIG, auxiliary_weight=0.0)
-    assert make_objective(processor, vqvae, nothing).weights == (1, 0, 0, 0)
+    assert make_objective(processor, vqvae, nothing).weights == (1, 0, 0)
 
 
 def test_validation_losses_are_means_over_tokens(processor, vqvae):

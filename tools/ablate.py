@@ -25,7 +25,6 @@ ROWS = {
     "AdamW, half the learning rate": {"optimizer": "adamw", "learning_rate": 1e-3},
     "AdamW, twice the learning rate": {"optimizer": "adamw", "learning_rate": 4e-3},
     "no auxiliary losses": {"auxiliary_weight": 0},
-    "no auxiliary mask loss": {"mask_weight": 0},
     "random loc embeddings": {"loc_init": "random"},
     "one question an image (no packing)": {"questions_per_image": 1},
     "hard targets for seg tokens": {"seg_targets": "hard"},

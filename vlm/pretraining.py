@@ -52,10 +52,8 @@ class PretrainingConfig(TrainingConfig):
     questions_per_image: int = setting(
         len(TASKS), "packed into one row", choices=range(1, len(TASKS) + 1)
     )
-    # So the three together are about a fifth of the whole loss.
+    # So the two together are about a sixth of the whole loss.
     auxiliary_weight: float = setting(0.3, "of the auxiliary losses; 0: none of them")
-    # Which pixels are the object's: what `segment` will be asked.
-    mask_weight: float = setting(1.0, "of masks among them; 0: no masks")
     # Four of ten suffix tokens are seg tokens, and each of them matters little.
     seg_weight: float = setting(0.5, "of a seg token; any other token of a suffix: 1")
     # Many codes draw nearly the same outline.
@@ -102,8 +100,8 @@ class PretrainingObjective(Objective):
         if config.optimizer == "muon":  # between hidden states
             parameters = (p for part in hidden for p in part.parameters())
             self.matrices = [p for p in parameters if p.ndim == 2]
-        weights = (1.0, BOX_WEIGHT, config.mask_weight)
-        self.weights = (1.0, *(config.auxiliary_weight * weight for weight in weights))
+        weight = config.auxiliary_weight
+        self.weights = (1.0, weight, weight * BOX_WEIGHT)
         self.first_seg, self.seg_weight = first_seg, config.seg_weight
         is_soft = config.seg_targets == "soft"
         targets = soft_targets(codebook) if is_soft else torch.eye(NUM_SEGS)
@@ -118,7 +116,7 @@ class PretrainingObjective(Objective):
         is_seg = self._is_seg(batch["input_ids"])
         return torch.where(is_seg, self.seg_weight * weights, weights)
 
-    def counts(self, batch: dict[str, Tensor]) -> Float[Tensor, "4"]:
+    def counts(self, batch: dict[str, Tensor]) -> Float[Tensor, "3"]:
         """The weight of all suffix tokens, then `AuxiliaryHeads.counts`."""
         text = self._token_weights(batch).sum()
         return torch.cat([text[None], self.heads.counts(batch["patch_classes"])])
@@ -138,7 +136,7 @@ class PretrainingObjective(Objective):
         losses = losses.masked_scatter(is_seg, seg_losses)
         return (losses * self._token_weights(batch)[:, 1 - n :]).sum()
 
-    def forward(self, batch: dict[str, Tensor]) -> Float[Tensor, "4"]:
+    def forward(self, batch: dict[str, Tensor]) -> Float[Tensor, "3"]:
         """The sum of each loss; `counts` says what it will be divided by."""
         num_image_tokens = self.model.config.vision_config.num_image_tokens
         ids, segments = batch["input_ids"], batch["segment_ids"]  # -1: padding

@@ -25,13 +25,12 @@ MIN_FRACTION = 0.2  # of a patch's pixels
 
 
 def patch_targets(scene: Scene, side: int) -> dict[str, Tensor]:
-    """What each of side × side patches shows: classes, boxes and masks.
+    """What each of side × side patches shows: classes and boxes.
 
     A patch shows the object that covers most of it, if that is more than MIN_FRACTION.
     `patch_classes` [N] count from 1 in the order of `all_classes`, 0 is background.
     `patch_boxes` [N, 4] are (x0, y0, x1, y1) relative to the patch's center, in
-    fractions of the picture's side. `patch_masks` [N, patch pixels], bool, say which
-    pixels are the object's. Boxes and masks are zero for background.
+    fractions of the picture's side; zero for background.
     """
     size = scene.image.width
     patch_size = size // side
@@ -41,18 +40,15 @@ def patch_targets(scene: Scene, side: int) -> dict[str, Tensor]:
     covered = (owner[..., None] == index).mean(axis=1)  # [N, 1 + objects]
     covered[:, 0] = MIN_FRACTION  # what an object has to beat
     best = covered.argmax(axis=1)  # [N]
-    is_object = best > 0
     ids = {name: number for number, name in enumerate(all_classes(), start=1)}
     classes = np.array([0, *(ids[thing.label] for thing in scene.objects)])
     boxes = np.array([(0.0,) * 4, *(thing.box for thing in scene.objects)]) / size
     x, y = np.meshgrid(*[(np.arange(side) + 0.5) / side] * 2)
     centers = np.stack([x, y, x, y], axis=-1).reshape(-1, 4)  # [N, 4]
-    offsets = (boxes[best] - centers) * is_object[:, None]
-    masks = (owner == index[best][:, None]) & is_object[:, None]
+    offsets = (boxes[best] - centers) * (best > 0)[:, None]
     return {
         "patch_classes": torch.from_numpy(classes[best]),
         "patch_boxes": torch.from_numpy(offsets.astype(np.float32)),
-        "patch_masks": torch.from_numpy(masks),
     }
 
 
