@@ -141,6 +141,10 @@ def address():
         server.shutdown()
 
 
+CUT_OUTPUTS = """[...document.querySelectorAll("div.cell_output pre")]
+    .filter(text => text.scrollWidth > text.clientWidth).length"""
+
+
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
 def test_pages_work_in_a_browser(browser, address, scheme, width):
     """No request leaves the host, nothing is missing, fails, or is too wide."""
@@ -182,6 +186,9 @@ def test_pages_work_in_a_browser(browser, address, scheme, width):
         wide = page.evaluate("document.documentElement.scrollWidth - innerWidth")
         if wide > 0:
             note(name, f"is {wide} pixels wider than the window of {width}")
+        cut = page.evaluate(CUT_OUTPUTS)
+        if cut and width >= 1200:
+            note(name, f"cuts off {cut} outputs")
         page.close()
     context.close()
     assert not problems, "\n".join(problems)
