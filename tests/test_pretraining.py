@@ -636,6 +636,8 @@ def test_ablations_are_made_row_by_row(small, monkeypatch, tmp_path, capsys):
     where = ["--runs", str(tmp_path), "--table", str(table)]
     command = ["ablate.py", *where, "--only", "random loc", "--seeds", "0", "1"]
     monkeypatch.setattr(sys, "argv", [*command, "--", *more.split()])
+    gone = {"row": "a row that is no longer made", "seed": 0}
+    table.write_text(json.dumps([gone]))
     begun = f"--evaluation_scenes 0 --seed 1 {more} --loc_init random --stop_after 1"
     folder = tmp_path / f"{list(ablate.ROWS).index('random loc embeddings')}-1"
     assert main(["--output", str(folder), *begun.split()]) == 0
@@ -644,8 +646,9 @@ def test_ablations_are_made_row_by_row(small, monkeypatch, tmp_path, capsys):
     assert [(e["row"], e["seed"]) for e in entries] == [
         ("random loc embeddings", 0),
         ("random loc embeddings", 1),
+        ("a row that is no longer made", 0),
     ]
-    for entry in entries:
+    for entry in entries[:2]:
         assert "--loc_init=random" in entry["command"]
         assert entry["all tokens"] == 1.5 and entry["seg tokens"] == 0.5
     assert ["--resume" in call for call in calls] == [False, True]

@@ -162,6 +162,17 @@ def forget(folder: Path) -> None:
         os.close(opened)
 
 
+def their_inputs(processor: object, photo: str, prompt: str) -> dict:
+    """A photograph and a prompt as transformers' model takes them, all of it prefix."""
+    import torch
+    from PIL import Image
+
+    picture = Image.open(PHOTOS / photo).convert("RGB")
+    inputs = processor(images=picture, text="<image>" + prompt, return_tensors="pt")
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    return inputs
+
+
 def part_tokens(folder: Path, scratch: Path) -> dict:
     """Our processor and transformers' on the same prompts and photographs."""
     from PIL import Image
@@ -190,9 +201,8 @@ def part_tokens(folder: Path, scratch: Path) -> dict:
             different.append(prompt)
     off = 0.0
     for photo, prompt in QUESTIONS:
-        picture = Image.open(PHOTOS / photo).convert("RGB")
-        wanted = theirs(images=picture, text="<image>" + prompt, return_tensors="pt")
-        pixels = ours(prompt, picture)["pixel_values"]
+        wanted = their_inputs(theirs, photo, prompt)
+        pixels = ours(prompt, PHOTOS / photo)["pixel_values"]
         off = max(off, (pixels - wanted["pixel_values"]).abs().max().item())
     return {"prompts": len(prompts), "different": different, "pixels_off": off}
 
@@ -296,7 +306,6 @@ def part_logits_theirs(folder: Path, scratch: Path) -> dict:
     """The same with transformers, from its own processor on."""
     import numpy as np
     import torch
-    from PIL import Image
     from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
     model, info = PaliGemmaForConditionalGeneration.from_pretrained(
@@ -307,14 +316,7 @@ def part_logits_theirs(folder: Path, scratch: Path) -> dict:
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
     tokens = []
     for number, (photo, prompt) in enumerate(QUESTIONS):
-        picture = Image.open(PHOTOS / photo).convert("RGB")
-        inputs = processor(images=picture, text="<image>" + prompt, return_tensors="pt")
-        inputs = {
-            "input_ids": inputs["input_ids"],
-            "attention_mask": inputs["attention_mask"],
-            "pixel_values": inputs["pixel_values"],
-            "token_type_ids": torch.zeros_like(inputs["input_ids"]),
-        }
+        inputs = their_inputs(processor, photo, prompt)
         length = inputs["input_ids"].shape[1]
         with torch.no_grad():
             logits = model(**inputs).logits[0]  # [T, V]
@@ -365,16 +367,11 @@ def part_text_int8(folder: Path, scratch: Path) -> dict:
 
 def text_theirs(folder: Path, dtype: str) -> dict:
     """The same number of tokens from transformers."""
-    import torch
-    from PIL import Image
     from transformers import AutoProcessor, PaliGemmaForConditionalGeneration
 
     model = PaliGemmaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
     processor = AutoProcessor.from_pretrained(folder, backend="pil")
-    photo, prompt = QUESTIONS[0]
-    picture = Image.open(PHOTOS / photo).convert("RGB")
-    inputs = processor(images=picture, text="<image>" + prompt, return_tensors="pt")
-    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    inputs = their_inputs(processor, *QUESTIONS[0])
     length = {"min_new_tokens": TEXT_TOKENS, "max_new_tokens": TEXT_TOKENS}
     model.eval().generate(**inputs.to(model.dtype), **length, do_sample=False)
     return {"peak_memory": memory()}
