@@ -1,14 +1,17 @@
 """int8 weights: near the float ones, smaller, and nothing else changes."""
 
 import copy
+import shutil
+import sys
 
 import pytest
 import torch
-from reference import pair, random_inputs, tiny_config
+from reference import mapped_ranges, pair, random_inputs, tiny_config
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
+from vlm.hub import EMBEDDED, SINGLE_FILE
 from vlm.sampling import decode_one_token, generate
 from vlm.scenes import VALIDATION_SEEDS, make_scene
 from vlm.speed import FEW_ROWS, Int8Linear, quantize_int8
@@ -59,6 +62,22 @@ def test_few_rows_of_bfloat16_take_the_kernel(num_rows, monkeypatch):
     for dtype in (torch.float32, torch.bfloat16):
         Int8Linear(nn.Linear(32, 16).to(dtype))(torch.randn(num_rows, 32).to(dtype))
     assert len(calls) == (num_rows <= FEW_ROWS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_few_weights_at_once_give_what_all_give(dtype, monkeypatch):
+    linear = nn.Linear(32, 50).to(dtype)
+    states = torch.randn(FEW_ROWS + 1, 32).to(dtype)
+    whole = Int8Linear(linear)
+    expected = whole(states)
+    for at_once in (7, 100, 320):  # a row each; three rows; ten rows, none left over
+        monkeypatch.setattr("vlm.speed.AT_ONCE", at_once)
+        parts = Int8Linear(linear)
+        assert torch.equal(parts.weight, whole.weight)
+        assert torch.equal(parts.scales, whole.scales)
+        tolerance = dict(atol=1e-6, rtol=BOUNDS[dtype])
+        torch.testing.assert_close(parts(states), expected, **tolerance)
 
 
 @torch.no_grad()
@@ -154,6 +173,18 @@ def test_a_decoder_alone_and_nothing_left():
     assert type(decoder.model.layers[0].mlp.up_proj) is Int8Linear
     with pytest.raises(ValueError, match="quantized already"):
         quantize_int8(decoder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_files_weights_leave_memory(tmp_path):
+    """Each had a mapping of its own, which closes: int8 doesn't come on top."""
+    folder = shutil.copytree(EMBEDDED, tmp_path / "checkpoint")
+    model, _ = load_hf_model(folder, device="cpu")
+    before = mapped_ranges(folder / SINGLE_FILE)
+    quantize_int8(model)
+    after = mapped_ranges(folder / SINGLE_FILE)
+    num_replaced = sum(type(module) is Int8Linear for module in model.modules())
+    assert len(before) - len(after) == num_replaced > 0
 
 
 def three_rows(model, tokenizer):

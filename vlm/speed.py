@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FEW_ROWS = 32  # with more, dequantizing first is faster (bfloat16 on AVX-512)
+FEW_ROWS = 32  # with more, converting first is faster (bfloat16 on AVX-512)
+AT_ONCE = 2**20  # weights that a CPU converts at a time: a few MB stay in its cache
 
 
 class Int8Linear(nn.Module):
@@ -22,28 +23,36 @@ class Int8Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
-        weight = linear.weight.detach()  # [out, in]
-        scales = weight.abs().amax(dim=1) / 127  # [out]
-        scales = torch.where(scales == 0, 1, scales)  # a row of zeros
-        # By the scale as rounded: what its dtype loses, the integers make good.
-        steps = (weight / scales.float()[:, None]).round_().clamp_(-127, 127)
-        self.register_buffer("weight", steps.to(torch.int8))
-        self.register_buffer("scales", scales)
+        weight, step = linear.weight.detach(), max(1, AT_ONCE // linear.in_features)
+        integers, scales = torch.empty_like(weight, dtype=torch.int8), []
+        for rows, quantized in zip(weight.split(step), integers.split(step)):
+            rows = rows.float()  # [step, in]
+            largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1))  # [step]
+            scale = (largest / 127).to(weight.dtype)
+            scale = torch.where(scale == 0, 1, scale)  # a row of zeros
+            # By the scale as rounded: what its dtype loses, the integers make good.
+            steps = (rows / scale.float()[:, None]).round_().clamp_(-127, 127)
+            quantized.copy_(steps)
+            scales.append(scale)
+        self.register_buffer("weight", integers)  # [out, in]
+        self.register_buffer("scales", torch.cat(scales))  # [out]
         self.bias = linear.bias
-
-    def dequantize(self) -> Float[Tensor, "out in"]:
-        """The weights in floating point, in the dtype of the scales."""
-        return self.weight.to(self.scales.dtype) * self.scales[:, None]
 
     def forward(self, states: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
         """As the linear layer would: few rows without writing the weights out."""
-        num_rows = states.shape[:-1].numel()
-        has_kernel = states.device.type == "cpu" and states.dtype == torch.bfloat16
-        if num_rows > FEW_ROWS or not has_kernel:
-            return F.linear(states, self.dequantize(), self.bias)
-        rows = states.reshape(num_rows, -1).contiguous()  # [rows, in]
-        outputs = torch._weight_int8pack_mm(rows, self.weight, self.scales)
-        outputs = outputs.view(*states.shape[:-1], -1)  # [..., out]
+        num_rows, (out, width) = states.shape[:-1].numel(), self.weight.shape
+        on_cpu = states.device.type == "cpu"
+        if on_cpu and states.dtype == torch.bfloat16 and num_rows <= FEW_ROWS:
+            rows = states.reshape(num_rows, width).contiguous()  # [rows, in]
+            outputs = torch._weight_int8pack_mm(rows, self.weight, self.scales)
+            outputs = outputs.view(*states.shape[:-1], out)  # [..., out]
+        else:
+            # Compiled, one product: a graph needn't hold one for each part.
+            in_parts = on_cpu and not torch.compiler.is_compiling()
+            step = max(1, AT_ONCE // width) if in_parts else out
+            parts = zip(self.weight.split(step), self.scales.split(step))
+            outputs = [F.linear(states, part * s[:, None]) for part, s in parts]
+            outputs = torch.cat(outputs, dim=-1)  # [..., out]
         return outputs if self.bias is None else outputs + self.bias
 
 
