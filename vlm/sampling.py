@@ -221,7 +221,7 @@ def compiled_decode_step(device_type: str) -> Callable:
     return torch.compile(decode_one_token, fullgraph=True, dynamic=False, mode=mode)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def token_steps(
     model: PaliGemma, inputs: Inputs, settings: GenerationConfig
 ) -> Iterator[tuple[list[int], list[float]]]:
