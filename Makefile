@@ -53,8 +53,9 @@ test: $(READY) ## Check the style, run the tests and every notebook
 	@$(PY) tools/forget_stale_outputs.py
 	$(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks
 
-test-gpu: $(READY) ## On a machine with a CUDA GPU: the tests that need it
+test-gpu: $(READY) ## On a machine with a CUDA GPU: the tests that need it, and every notebook
 	$(PY) -m pytest -m gpu
+	$(PY) -m pytest --nbmake --nbmake-timeout=600 notebooks
 
 check-book: $(READY) ## Test the built book: links, no outside request, real browser
 	$(PY) -m pytest tests/test_book.py

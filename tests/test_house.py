@@ -191,6 +191,17 @@ def test_what_the_book_folds_is_folded_in_jupyterlab(path):
             assert folded, f'cell {cell["id"]}: "jupyter": {{"source_hidden": true}}'
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=stem)
+def test_a_model_on_any_device_gets_its_inputs_there(path):
+    """Such a page would fail on every machine with a GPU, or with Apple's."""
+    code = ["".join(c["source"]) for c in cells(path) if c["cell_type"] == "code"]
+    code = [source for source in code if "#| export" not in source]
+    on_any = re.compile(r"^model, .* = load_(chosen|hf)_model\(\)", re.MULTILINE)
+    if any(map(on_any.search, code)):
+        for source in code:
+            assert "model.device" in source or not re.search(r"\bmodel\(", source)
+
+
 def test_every_notebook_is_in_the_table_of_contents_once_and_in_order():
     toc = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))
     listed = [c["file"] for part in toc["parts"] for c in part["chapters"]]

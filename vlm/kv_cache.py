@@ -147,7 +147,7 @@ class StaticKVCache:
         """Write T tokens into a layer's buffer; returns T or all `max_length` slots.
 
         Raises ValueError for another batch, and on a CPU IndexError for tokens that
-        don't fit. On a GPU these end the process: ask `key_length` before.
+        don't fit. On a GPU, CUDA is unusable then: ask `key_length` first.
         """
         keys, values = self._buffers[layer_idx]  # [B, K, max_length, Dh] each
         _require_same_batch(keys, key_states)

@@ -21,7 +21,7 @@ def rows_per_image(images: int, num_rows: int) -> int:
 def can_read_values(tensor: Tensor) -> bool:
     """Whether a check may read values: on the CPU, and where no graph is traced.
 
-    Elsewhere it would make a GPU wait, and `torch.compile` and `torch.export` fail.
+    Elsewhere it would make a GPU wait, and cut a compiled graph in two.
     """
     return tensor.is_cpu and not torch.compiler.is_compiling()
 
@@ -35,7 +35,7 @@ def merge_image_features(
 
     Fewer images than rows serve consecutive rows: see `rows_per_image`.
     Raises ValueError where a row hasn't exactly N image tokens; where values can't be
-    read, all features become NaN instead.
+    read, all features become NaN instead, or PyTorch stops for want of features.
     """
     repeats = rows_per_image(image_features.shape[0], image_mask.shape[0])
     features = image_features.repeat_interleave(repeats, dim=0)  # [B, N, D]

@@ -201,7 +201,8 @@ def decode_one_token(
 
     Straight to the decoder: its inputs were checked at the door, and no value is read
     here, so that Python never waits. `attention_mask`: which of M cached and new tokens
-    are real; None: all. A static cache's empty slots are masked out here.
+    are real. None: all, but a static cache needs it, for all its slots: the empty ones
+    are masked out here.
     """
     decoder = model.language_model
     inputs_embeds = decoder.model.embed(token_ids[:, None])  # [B, 1, D]
@@ -221,7 +222,7 @@ def compiled_decode_step(device_type: str) -> Callable:
     return torch.compile(decode_one_token, fullgraph=True, dynamic=False, mode=mode)
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # no_grad, with less bookkeeping for each operator
 def token_steps(
     model: PaliGemma, inputs: Inputs, settings: GenerationConfig
 ) -> Iterator[tuple[list[int], list[float]]]:
