@@ -19,10 +19,7 @@ def rows_per_image(images: int, num_rows: int) -> int:
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether a check may read values: on the CPU, and where no graph is traced.
-
-    Elsewhere it would make a GPU wait, and cut a compiled graph in two.
-    """
+    """Whether a check may read values: not from a GPU, which would wait, or a graph."""
     return tensor.is_cpu and not torch.compiler.is_compiling()
 
 

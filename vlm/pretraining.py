@@ -69,8 +69,7 @@ class PretrainingConfig(TrainingConfig):
 def soft_targets(codebook: Codebook) -> Float[Tensor, "128 128"]:
     """For each right code, a distribution over all codes that favors similar ones.
 
-    A softmax of minus the squared distance, in units of its median from a code
-    to its nearest neighbor.
+    A softmax of minus the squared distance; the unit: its median to the nearest code.
     """
     distance = torch.cdist(codebook._embedding, codebook._embedding).square()
     nearest = distance.topk(2, largest=False).values[:, 1]  # the first is itself

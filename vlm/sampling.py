@@ -201,8 +201,7 @@ def decode_one_token(
 
     Straight to the decoder: its inputs were checked at the door, and no value is read
     here, so that Python never waits. `attention_mask`: which of M cached and new tokens
-    are real. None: all, but a static cache needs it, for all its slots: the empty ones
-    are masked out here.
+    are real; None: all. A static cache needs one; its empty slots are masked out here.
     """
     decoder = model.language_model
     inputs_embeds = decoder.model.embed(token_ids[:, None])  # [B, 1, D]

@@ -27,12 +27,10 @@ class Int8Linear(nn.Module):
         integers, scales = torch.empty_like(weight, dtype=torch.int8), []
         for rows, quantized in zip(weight.split(step), integers.split(step)):
             rows = rows.float()  # [step, in]
-            largest = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1))  # [step]
-            scale = (largest / 127).to(weight.dtype)
-            scale = torch.where(scale == 0, 1, scale)  # a row of zeros
+            scale = torch.maximum(rows.amax(dim=1), -rows.amin(dim=1)) / 127  # [step]
+            scale = torch.where(scale == 0, 1, scale).to(weight.dtype)  # a row of zeros
             # By the scale as rounded: what its dtype loses, the integers make good.
-            steps = (rows / scale.float()[:, None]).round_().clamp_(-127, 127)
-            quantized.copy_(steps)
+            quantized.copy_((rows / scale.float()[:, None]).round_().clamp_(-127, 127))
             scales.append(scale)
         self.register_buffer("weight", integers)  # [out, in]
         self.register_buffer("scales", torch.cat(scales))  # [out]
@@ -47,9 +45,7 @@ class Int8Linear(nn.Module):
             outputs = torch._weight_int8pack_mm(rows, self.weight, self.scales)
             outputs = outputs.view(*states.shape[:-1], out)  # [..., out]
         else:
-            # Compiled, one product: a graph needn't hold one for each part.
-            in_parts = on_cpu and not torch.compiler.is_compiling()
-            step = max(1, AT_ONCE // width) if in_parts else out
+            step = max(1, AT_ONCE // width) if on_cpu else out
             parts = zip(self.weight.split(step), self.scales.split(step))
             outputs = [F.linear(states, part * s[:, None]) for part, s in parts]
             outputs = torch.cat(outputs, dim=-1)  # [..., out]
