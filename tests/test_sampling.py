@@ -1,4 +1,6 @@
 import copy
+import subprocess
+import sys
 from dataclasses import fields
 
 import pytest
@@ -477,6 +479,33 @@ def test_a_model_keeps_its_static_caches(model, monkeypatch):
     assert generate(model, Letters(), one, compile=True, **limit) == expected[0]
     assert len(made) == 3
     assert begun + "".join(first) == expected[0][0]
+
+
+MODES = """
+import torch, vlm.sampling
+from vlm import generate, load_hf_model
+from vlm.weights import make_processor
+
+model, tokenizer = load_hf_model(device="cpu")
+inputs = make_processor(model, tokenizer)("caption en", torch.zeros(9, 9, 3).numpy())
+decoder, step, seen = model.language_model.model, vlm.sampling.decode_one_token, []
+vlm.sampling.compiled_decode_step = lambda _: step
+modes = lambda: (torch.is_inference_mode_enabled(), torch.is_grad_enabled())
+decoder.register_forward_hook(lambda *_: seen.append(modes()))
+for compile in (False, True):
+    generate(model, tokenizer, inputs, max_new_tokens=2, compile=compile)
+assert seen == [(True, False)] * 2 + [(False, False)] * 2, seen
+assert modes() == (False, True)
+"""
+
+
+def test_only_what_is_not_compiled_runs_in_inference_mode():
+    """A CUDA graph that is recorded in it spoils those that others record later.
+
+    In its own process: type checks hide from a decorator that it wraps a generator.
+    """
+    done = subprocess.run([sys.executable, "-c", MODES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_stop_strings_and_functions(model):

@@ -39,13 +39,12 @@ class Int8Linear(nn.Module):
     def forward(self, states: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
         """As the linear layer would: few rows without writing the weights out."""
         num_rows, (out, width) = states.shape[:-1].numel(), self.weight.shape
-        on_cpu = states.device.type == "cpu"
-        if on_cpu and states.dtype == torch.bfloat16 and num_rows <= FEW_ROWS:
+        if states.is_cpu and states.dtype == torch.bfloat16 and num_rows <= FEW_ROWS:
             rows = states.reshape(num_rows, width).contiguous()  # [rows, in]
             outputs = torch._weight_int8pack_mm(rows, self.weight, self.scales)
             outputs = outputs.view(*states.shape[:-1], out)  # [..., out]
         else:
-            step = max(1, AT_ONCE // width) if on_cpu else out
+            step = max(1, AT_ONCE // width) if states.is_cpu else out
             parts = zip(self.weight.split(step), self.scales.split(step))
             outputs = [F.linear(states, part * s[:, None]) for part, s in parts]
             outputs = torch.cat(outputs, dim=-1)  # [..., out]
