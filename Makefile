@@ -65,7 +65,7 @@ demo: $(READY) ## Ask the embedded model to find something in a picture
 	  --image_file_path "$(DEMO_IMAGE)" --output "$(DEMO_OUTPUT)"
 
 lab: $(READY) ## Open the notebooks in JupyterLab
-	TQDM_DISABLE= $(BIN)/jupyter lab --notebook-dir notebooks
+	TQDM_DISABLE= HF_HUB_DISABLE_PROGRESS_BARS= $(BIN)/jupyter lab --notebook-dir notebooks
 
 export: $(READY) ## Write vlm/*.py from the notebooks
 	$(PY) tools/export.py

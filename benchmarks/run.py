@@ -37,7 +37,7 @@ from vlm import (
     load_hf_model,
     save_hf_model,
 )
-from vlm.hub import find_checkpoint
+from vlm.hub import EMBEDDED, find_checkpoint
 from vlm.kv_cache import KVCache
 from vlm.mask_tokens import MaskVQVAE
 from vlm.masks import make_attn_mask
@@ -52,7 +52,7 @@ NEW_TOKENS = 48
 
 # Linux keeps a process's own peak in VmHWM; ru_maxrss starts at its parent's there.
 PEAK_MEMORY = """
-import resource, sys
+import sys
 from pathlib import Path
 from transformers import AutoTokenizer
 from transformers import PaliGemmaForConditionalGeneration as Model
@@ -62,6 +62,7 @@ def peak():
     status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0])
+    import resource  # macOS
     unit = 1024 if sys.platform == "darwin" else 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // unit
 
@@ -273,7 +274,10 @@ def training(folder: Path, rounds: int, device: str) -> list[dict[str, float | s
     torch.testing.assert_close(ours(), other(), atol=1e-4, rtol=1e-4)
     rows = [row("training: captions of 16 pictures", ours, other)]
 
-    rng, encode_masks = random.Random(0), MaskVQVAE.from_pretrained(folder).encode_masks
+    rng, encode_masks = (
+        random.Random(0),
+        MaskVQVAE.from_pretrained(EMBEDDED).encode_masks,
+    )
     asked = [[sample_question(s, t, rng, encode_masks) for t in TASKS] for s in scenes]
     prefix, suffix = processor.encode_prefix, processor.encode_suffix
     packed = collate([

@@ -167,7 +167,7 @@ def test_names_of_files_cant_paint_the_terminal():
 # What running a model brings along
 
 
-@pytest.mark.parametrize("module", ["inference", "answers", "segmentation"])
+@pytest.mark.parametrize("module", ["weights", "answers", "segmentation"])
 def test_running_a_model_loads_neither_renderer_nor_trainer(module):
     unwanted = {"vlm.scenes", "vlm.questions", "vlm.training", "peft", "matplotlib"}
     if module == "segmentation":  # answers are written in pycocotools' run lengths

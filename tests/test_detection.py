@@ -149,6 +149,15 @@ def test_the_score_is_the_geometric_mean_of_the_things_own_tokens():
     assert owl.score == pytest.approx(0.25)
 
 
+def test_tokens_of_a_character_that_is_not_complete_count():
+    """Their text comes with the last of them; their probabilities are their own."""
+    locs = [(f"<loc{n:04d}>", 0.5) for n in (100, 200, 300, 400)]
+    text = answer(*locs, (" ", 0.5), ("", 0.001), ("é", 0.9))
+    (found,) = parse_detections(text, 100, 100)
+    expected = exp((5 * log(0.5) + log(0.001) + log(0.9)) / 7)
+    assert found.label == "é" and found.score == pytest.approx(expected)
+
+
 def test_a_probability_of_zero_is_a_low_score_and_no_error():
     locs = [(f"<loc{n:04d}>", 0.0) for n in (100, 200, 300, 400)]
     (owl,) = parse_detections(answer(*locs, (" owl", 0.0)), 100, 100)

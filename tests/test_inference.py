@@ -670,6 +670,13 @@ MISTAKES = [
         ask("x", "--image_file_path", "empty/../picture.png", "--output", "out"),
         "have one name",
     ),
+    (
+        ask("x", "--image_file_path", "empty/../PICTURE.PNG", "--output", "out"),
+        "have one name",
+    ),
+    (ask("segment owl", "--model_path", "~no/such"), "~no/such"),
+    (ask("x", "--output", "~no/out.png"), "no folder ~no"),
+    (ask("segment owl", "--mask_decoder", "~no/a.npz"), "~no/a.npz"),
     (ask("detect"), 'detect what? Name it, as in "detect owl"'),
     (ask(" segment "), "segment what?"),
     (ask("detect ;"), "detect what?"),

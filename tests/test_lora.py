@@ -65,7 +65,8 @@ def test_an_adapter_loads_merged_into_its_base(copy, tokenizer, tmp_path, how):
     unadapted = logits(load_hf_model(copy, "cpu")[0], config)
     assert (unadapted - expected).abs().max() > 1e-2
     assert_same_weights(model, wrapped.merge_and_unload())
-    assert model.name_or_path == str(copy.resolve()) and model.companions
+    assert model.name_or_path == str((tmp_path / "adapter").resolve())
+    assert model.companions == [copy.resolve() / COMPANIONS[0]]
     save_hf_model(model, tokenizer, tmp_path / "merged")  # an ordinary one
     assert_same_weights(load_hf_model(tmp_path / "merged", "cpu")[0], model)
 
@@ -90,11 +91,19 @@ def test_an_adapter_of_the_embedded_model_with_its_mask_decoder(tmp_path, name):
     assert settings["base_model_name_or_path"] == str(EMBEDDED)  # peft looked there
     edit_adapter(tmp_path, base_model_name_or_path=name)
     model, _ = load_hf_model(tmp_path, "cpu")
-    assert model.name_or_path == str(EMBEDDED)
+    assert model.name_or_path == str(tmp_path.resolve())
     torch.testing.assert_close(logits(model, base.config), expected, atol=1e-4, rtol=0)
     ours, theirs = (load_mask_decoder(f).state_dict() for f in (tmp_path, None))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert model.config == base.config
+
+
+def test_an_adapter_brings_its_own_mask_decoder(adapter, tokenizer, tmp_path):
+    (adapter / COMPANIONS[0]).write_bytes(b"its own")
+    model, _ = load_hf_model(adapter, "cpu")
+    assert model.companions == [adapter.resolve() / COMPANIONS[0]]
+    save_hf_model(model, tokenizer, tmp_path / "merged")
+    assert (tmp_path / "merged" / COMPANIONS[0]).read_bytes() == b"its own"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers, about itself

@@ -487,6 +487,31 @@ def test_a_wrong_shape_is_named(google, tmp_path):
         MaskDecoder.from_npz(tmp_path / "other.npz")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_takes_autocast(dtype):
+    """Codes and codebook stay float32: rounded, many cells would get another code."""
+    vqvae = MaskVQVAE().train()
+    before = vqvae.decoder.codebook._embedding.clone()
+    with torch.autocast("cpu", dtype):
+        logits, _, commitment = vqvae(torch.ones(2, 1, 64, 64))
+    (logits.float().mean() + commitment.float().mean()).backward()
+    assert vqvae.sums.dtype == torch.float32
+    assert not torch.equal(vqvae.decoder.codebook._embedding, before)
+
+
+def test_the_nearest_code_is_the_same_in_autocast(shipped):
+    """Also between two codes, a little nearer to one of them."""
+    table, nearest = (
+        shipped.decoder.codebook._embedding,
+        shipped.decoder.codebook.nearest,
+    )
+    one, other = table, table.roll(1, dims=0)  # [128, 512] each
+    features = (0.501 * one + 0.499 * other).view(8, 4, 4, 512).permute(0, 3, 1, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = nearest(features)
+    assert torch.equal(inside, nearest(features))
+
+
 def test_what_is_saved_comes_back(vqvae, tmp_path):
     folder = tmp_path / "new" / "folder"
     vqvae.save_pretrained(folder)
@@ -624,6 +649,14 @@ def test_the_figure_needs_nothing_and_names_nothing_twice(changes):
         assert "http" not in page and 'alt="' in page and "&lt;seg005&gt;" in page
 
 
+def test_the_figure_takes_what_a_model_in_training_gives(changes):
+    codes, values = changes
+    values = values.bfloat16()
+    shown = [mask_codes(codes, v).data for v in (values, values.requires_grad_())]
+    numbers = [re.findall(r"data:image[^\"]+", page) for page in shown]
+    assert numbers[0] == numbers[1]
+
+
 def test_the_figure_refuses_what_is_no_mask(changes):
     codes, values = changes
     with pytest.raises(ValueError, match="sixteen numbers"):
@@ -649,6 +682,9 @@ def test_the_figure_answers_mouse_and_keyboard(changes):
         page.on("pageerror", lambda error: problems.append(error))
         page.set_content(f"<!doctype html><body>{html}</body>")
         page.wait_for_selector(".board canvas")
+        page.evaluate(  # as JupyterLab does
+            "addEventListener('keydown', e => e.key[0] == 'A' && e.preventDefault())"
+        )
         first, second = (page.locator(".vlm-codes").nth(i) for i in range(2))
         title = first.locator("label span")
         assert title.inner_text() == "Token 6 of 16: <seg005>"
@@ -656,6 +692,8 @@ def test_the_figure_answers_mouse_and_keyboard(changes):
         page.keyboard.press("ArrowDown")
         assert title.inner_text() == "Token 10 of 16: <seg009>"
         page.keyboard.press("Tab")
+        page.keyboard.press("ArrowRight")
+        assert title.inner_text() == "Token 10 of 16: <seg010>"
         page.keyboard.press("End")
         assert title.inner_text() == "Token 10 of 16: <seg127>"
         assert "<seg009> became <seg127>" in first.inner_text()

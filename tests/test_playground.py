@@ -11,7 +11,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from datetime import UTC, datetime
+from datetime import datetime
 
 import pytest
 import torch
@@ -84,7 +84,7 @@ def is_error(play: Playground) -> bool:
 def upload(play: Playground, name: str, content: bytes) -> None:
     """What the browser does when somebody picks a file."""
     file = {"name": name, "type": "", "size": len(content), "content": content}
-    play.controls.upload.value = [{**file, "last_modified": datetime.now(UTC)}]
+    play.controls.upload.value = [{**file, "last_modified": datetime(2026, 1, 1)}]
 
 
 def wait_until(true, seconds: float = 60) -> None:
@@ -326,6 +326,15 @@ def test_a_truncated_upload_is_a_line(play, tmp_path):
     Image.effect_noise((200, 200), 90).save(tmp_path / "noise.jpg")
     upload(play, "noise.jpg", (tmp_path / "noise.jpg").read_bytes()[:5000])
     assert "noise.jpg can't be read" in text(play.output.line)
+
+
+def test_the_same_picture_can_be_uploaded_twice(play, tmp_path):
+    Image.new("RGB", (9, 9), "red").save(tmp_path / "red.png")
+    for _ in range(2):
+        upload(play, "red.png", (tmp_path / "red.png").read_bytes())
+        assert play.image.size == (9, 9)
+        play.new_scene()
+        assert play.image.size != (9, 9)
 
 
 def test_the_same_path_can_be_opened_twice(play, monkeypatch):

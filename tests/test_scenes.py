@@ -252,6 +252,12 @@ def test_stretch_changes_the_aspect_ratio():
     assert ratio == pytest.approx(1.2 * (y1 - y0) / (x1 - x0), rel=0.05)
 
 
+def test_a_sticker_as_large_as_the_picture_can_be_drawn():
+    """Rotated, its sides are rounded up: it may be a pixel too large."""
+    for seed in range(300):
+        assert make_scene(seed, 32, sizes=(0.95, 1.0), max_objects=1).objects
+
+
 def test_sizes_are_even_on_a_logarithmic_scale():
     sizes = [plan_scene(seed, max_objects=1).placements[0].size for seed in range(800)]
     small = np.mean(np.array(sizes) < 0.3)

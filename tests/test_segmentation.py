@@ -150,6 +150,11 @@ def test_an_exact_repeat_is_left_out_counted_and_not_decoded():
     assert len(decoder.asked[0]) == 2
 
 
+def test_what_is_no_mask_is_invalid_each_time():
+    found = parse_segmentations(" ; ".join([f"{BOX} owl"] * 3), 50, 50, Filled())
+    assert found == [] and (found.repeated, found.invalid) == (0, 3)
+
+
 @pytest.mark.parametrize("side", [None, 0, -64, 64.5, 64.0, float("nan"), "64"])
 def test_what_is_no_size_is_refused_even_where_nothing_was_found(side):
     unchecked = inspect.unwrap(parse_segmentations)

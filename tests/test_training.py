@@ -236,6 +236,27 @@ def test_gradients_are_clipped_together():
     assert (after - before).norm().item() == pytest.approx(0.5, rel=1e-3)
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run_before_its_update():
+    """The root at 0: a finite loss, an infinite slope."""
+
+    class Root(SuffixLoss):
+        def forward(self, batch):
+            zero = sum(p.square().sum() for p in self.parameters()) * 0
+            return super().forward(batch) + zero.sqrt()
+
+    one = Root(objective().model)
+    before = nn.utils.parameters_to_vector(one.parameters()).detach().clone()
+    optimizer = torch.optim.SGD(one.parameters(), lr=1.0)
+    with pytest.raises(FloatingPointError, match="gradient"):
+        training_step(make_accelerator(), one, optimizer, [collate([Rows()[0]])], 0.5)
+    assert torch.equal(nn.utils.parameters_to_vector(one.parameters()), before)
+
+
+def test_float16_is_refused_where_it_would_silently_be_float32():
+    with pytest.raises(ValueError, match="no fp16 on cpu"):
+        make_accelerator("fp16")
+
+
 def test_a_loss_that_is_not_a_number_stops_the_run_before_its_update(tmp_path):
     class Broken(SuffixLoss):
         calls = 0

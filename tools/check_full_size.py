@@ -721,7 +721,8 @@ def main() -> int:
 
         text = json.dumps(numbers, indent=2, ensure_ascii=False) + "\n"
         NUMBERS.write_text(text, encoding="utf-8")
-        PAGE.write_text(fill("full size", table(numbers)), encoding="utf-8")
+        page = fill("full size", table(numbers))
+        PAGE.write_text(page, encoding="utf-8", newline="\n")
     wrong = problems(numbers)
     for problem in wrong:
         print(f"not as it must be: {problem}", file=sys.stderr)

@@ -52,6 +52,8 @@ def clean_cell(cell: dict, taken: set[str]) -> dict:
     }
     if cell["cell_type"] == "code":
         cleaned |= {"execution_count": None, "outputs": []}
+    if cell.get("attachments"):  # pictures pasted into the text
+        cleaned["attachments"] = cell["attachments"]
     return dict(sorted(cleaned.items()))
 
 

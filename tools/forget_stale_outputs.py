@@ -1,19 +1,24 @@
 """Forget the book's cached pages when what they depend on has changed.
 
 The book executes a notebook again only when the notebook's own code changes. Its output
-depends on the package and the plot style too, so a different hash of those clears the
-cache of outputs. A change of the book's extension only clears the parsed pages. Called
-by `make test` and `make book`.
+depends on the package, the plot style, measured tables and the chosen model too, so a
+different hash of those clears the cache of outputs. A change of the book's extension
+only clears the parsed pages. Called by `make test` and `make book`.
 """
 
 import hashlib
+import os
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "_build"
-OUTPUTS_DEPEND_ON = ("vlm", "constraints.txt", "notebooks/matplotlibrc")
+TABLES = ("ablations", "ablations_two_phases", "auxiliary")
+OUTPUTS_DEPEND_ON = (
+    *("vlm", "constraints.txt", "notebooks/matplotlibrc"),
+    *(f"benchmarks/{table}.json" for table in TABLES),
+)
 PAGES_DEPEND_ON = ("book/extension",)
 
 
@@ -26,6 +31,8 @@ def digest(names: Iterable[str]) -> str:
             if file.is_file() and "__pycache__" not in file.parts:
                 total.update(file.relative_to(ROOT).as_posix().encode() + b"\0")
                 total.update(hashlib.sha256(file.read_bytes()).digest())
+    for variable in ("VLM_MODEL", "VLM_MASK_DECODER"):  # who answers on some pages
+        total.update(os.environ.get(variable, "").encode() + b"\0")
     return total.hexdigest()
 
 
@@ -43,7 +50,7 @@ def main() -> None:
     outputs = has_changed("outputs.sha256", OUTPUTS_DEPEND_ON)
     pages = has_changed("pages.sha256", PAGES_DEPEND_ON)
     if outputs and (BUILD / ".jupyter_cache").exists():
-        print("vlm/ has changed: every notebook runs again")
+        print("what pages show has changed: every notebook runs again")
         shutil.rmtree(BUILD / ".jupyter_cache")
     if outputs or pages:
         shutil.rmtree(BUILD / ".doctrees", ignore_errors=True)

@@ -45,7 +45,9 @@ def main() -> int:
             card = "none" if found is None else f"{found[0]} minutes"
             print(f"{path.name}: {minutes} minutes, the card says {card}")
             if not options.check:
-                path.write_text(CARD.sub(str(minutes), text, 1), encoding="utf-8")
+                path.write_text(
+                    CARD.sub(str(minutes), text, 1), encoding="utf-8", newline="\n"
+                )
     return status if options.check else 0
 
 

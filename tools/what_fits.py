@@ -120,7 +120,7 @@ def main() -> int:
             print(f"{PAGE} is out of date: run tools/what_fits.py", file=sys.stderr)
             return 1
         return 0
-    PAGE.write_text(page, encoding="utf-8")
+    PAGE.write_text(page, encoding="utf-8", newline="\n")
     return 0
 
 

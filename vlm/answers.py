@@ -47,7 +47,7 @@ def format_table(found: ParsedObjects) -> str:
     rows = [columns] if found else [["nothing found"]]
     for one in found:
         pixels = [*map(round, one.box), *([one.mask.sum()] if has_masks else [])]
-        label, score = " ".join(one.label.split()), f"{one.score:.2f}"
+        label, score = printable(" ".join(one.label.split())), f"{one.score:.2f}"
         rows.append([label, *map(str, pixels), score])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []

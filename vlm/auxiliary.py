@@ -47,6 +47,6 @@ class AuxiliaryHeads(nn.Module):
         class_loss = F.cross_entropy(
             logits.transpose(1, 2), classes, self.class_weight, reduction="sum"
         )
-        boxes = self.box_head(features[shown]).float()  # [n, 4]
-        distance = (boxes - targets["patch_boxes"][shown]).abs()  # [n, 4]
-        return torch.stack([class_loss, distance.mean(dim=1).sum()])
+        boxes = self.box_head(features).float()  # [B, N, 4]
+        distance = (boxes - targets["patch_boxes"]).abs().mean(dim=-1)  # [B, N]
+        return torch.stack([class_loss, (distance * shown).sum()])

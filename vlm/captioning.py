@@ -74,8 +74,8 @@ def attention_maps(
     """What each token of `answer` (None: the model's own, greedy) attends to.
 
     A token's map is the mean over all heads of the later half of the layers. A string
-    is taken as taught, with EOS at its end. Raises ValueError for an empty answer,
-    TypeError for one of another type.
+    is taken as taught, with EOS at its end. Raises ValueError for a Generation without
+    tokens, TypeError for another type.
     """
     inputs, tokenizer = processor(text=[prompt], images=[image]), processor.tokenizer
     if answer is None:

@@ -79,8 +79,7 @@ def user_message(error: Exception, out_of_memory: str) -> str | None:
     if isinstance(error, OSError | ValueError | FloatingPointError):
         return textwrap.shorten(str(error), 500, placeholder=" …")
     words = "out of memory|can't allocate memory|not enough memory"  # CUDA, MPS, CPU
-    full = isinstance(error, RuntimeError) and re.search(words, str(error))
-    full = full or isinstance(error, MemoryError)
+    full = isinstance(error, MemoryError) or re.search(words, str(error))
     return f"out of memory: {out_of_memory}" if full else None
 
 

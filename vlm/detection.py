@@ -53,24 +53,24 @@ def _score(answer: str | Generation, start: int, end: int) -> float:
         return 1.0
     logs, place = [], 0
     for piece, probability in zip(answer.pieces, answer.probabilities, strict=True):
-        if piece and place < end and place + len(piece) > start:
+        if place < end and place + (len(piece) or 1) > start:  # "": part of a character
             logs.append(log(max(probability, 1e-12)))
         place += len(piece)
     return exp(sum(logs) / len(logs))
 
 
 def parse_detections(
-    text: str | Generation, width: float, height: float
+    text: str | Generation, width: float, height: float, needs_codes: bool = False
 ) -> ParsedObjects:
     """The answer to `detect …` → Detections with boxes in pixels of the image.
 
     `text`: the answer, or the Generation that holds it: then `score` is the geometric
     mean probability of the object's tokens, else 1. `width` and `height` are the
     original image's, upright.
-    A valid object has exactly four loc tokens that make a box (end past start), none or
-    sixteen seg tokens, and a label. What isn't valid is left out and counted in
-    `.invalid`, never guessed; what is written again, token by token, is left out and
-    counted in `.repeated`. Answers to `segment …` parse too: their boxes count here.
+    A valid object has exactly four loc tokens that make a box (end past start), sixteen
+    seg tokens (or none, unless it `needs_codes`), and a label. What isn't valid is left
+    out and counted in `.invalid`, never guessed; what is written again, token by token,
+    is left out and counted in `.repeated`. Answers to `segment …` parse too.
     Raises TypeError for a wrong type of answer, ValueError for a size that isn't one.
     """
     if not isinstance(text, str | Generation):
@@ -81,7 +81,7 @@ def parse_detections(
     for match in _OBJECT.finditer(text if isinstance(text, str) else text.text):
         locs, segs, label = tokens = match.groups()
         box, codes = locs_to_box(locs, width, height), segs_to_codes(segs)
-        has_valid_segs = codes is not None or not segs
+        has_valid_segs = codes is not None or not (segs or needs_codes)
         has_label = label and not re.search(r"<(loc|seg)\d+>", label)
         if box is None or not has_valid_segs or not has_label:
             found.invalid += 1

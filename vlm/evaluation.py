@@ -7,6 +7,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from statistics import mode
 from typing import Any
 
@@ -15,7 +16,7 @@ from tqdm import tqdm
 
 from .backgrounds import photo_crops
 from .detection import parse_detections
-from .hub import find_checkpoint
+from .hub import EMBEDDED
 from .mask_tokens import MaskDecoder
 from .metrics import average_precision, class_f1, exact_match, false_alarms, mean_iou
 from .paligemma import PaliGemmaForConditionalGeneration
@@ -215,18 +216,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         about = "Evaluate a model on scenes that training never draws."
         parser = OneLineParser(prog="python -m vlm.evaluation", description=about)
         add = parser.add_argument
-        add("--model_path", help="default: the embedded model")
-        add("--mask_decoder", help="default: the one beside the model")
+        add("--model_path", type="path", help="default: the embedded model")
+        add("--mask_decoder", type="path", help="default: the one beside the model")
         add("--split", choices=SPLITS, default="validation", help="default: validation")
         add("--scenes", type=int, default=500, help="how many; default: %(default)s")
         parser.add_switch("--write", "into the model's folder: JSON and card")
         options = parser.parse_args(argv)
+        folder = Path(options.model_path or EMBEDDED)
+        if options.write and not folder.is_dir():  # a hub's cache isn't to be changed
+            raise ValueError(f"--write needs a folder, and {folder} is none")
         model, tokenizer = load_hf_model(options.model_path)
         decoder = load_mask_decoder(options.model_path, options.mask_decoder)
         numbers = evaluate(model, tokenizer, decoder, options.split, options.scenes)
         print(table(numbers))
         if options.write:
-            write_results(find_checkpoint(options.model_path), numbers)
+            write_results(folder, numbers)
 
     return run_main(run, "--model_path takes a smaller model")
 

@@ -4,6 +4,7 @@ Built in notebooks/25_finetuning.ipynb: edit it there, then run `make export`.
 """
 
 import math
+import os
 import random
 import re
 import shutil
@@ -141,7 +142,7 @@ class FineTuningConfig(TrainingConfig):
         if self.save_adapter and not self.lora_rank:
             raise ValueError("save_adapter needs adapters: give a lora_rank, like 8")
         for name in ("data", "model_path"):  # to be found from anywhere
-            path = Path(getattr(self, name)).expanduser()
+            path = Path(os.path.expanduser(getattr(self, name)))
             if getattr(self, name) and path.exists():
                 setattr(self, name, str(path.absolute()))
         self.train = tuple(self.train)
@@ -213,7 +214,8 @@ def finetune(
     while len(order) < config.steps * config.batch_size:
         order += rng.sample(range(len(training)), len(training))
     objective, collate = SuffixLoss(model), partial(_collate, processor=processor)
-    size = config.micro_batch_size or config.batch_size
+    share = math.ceil(config.batch_size / PartialState().num_processes)
+    size = config.micro_batch_size or share
     num_saved = num_trained if config.save_adapter else num_parameters
     validate = partial(_validate, objective, validation, collate, size)
     if config.gradient_checkpointing:

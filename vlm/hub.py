@@ -96,7 +96,7 @@ def find_checkpoint(
     files that match `only` come into the hub's cache. Raises FileNotFoundError.
     """
     model_path = EMBEDDED if model_path is None else model_path
-    folder = Path(model_path).expanduser()
+    folder = Path(os.path.expanduser(model_path))
     if folder.is_dir():
         finish_save(folder)
         for file in filter(Path.is_file, folder.glob("*.[jmns]*")):
@@ -133,7 +133,7 @@ def adapter_base(folder: Path) -> str | None:
     try:
         values = json.loads(path.read_text("utf-8"))
         base, revision = values.get("base_model_name_or_path"), values.get("revision")
-        base = Path(base or EMBEDDED).expanduser()
+        base = Path(os.path.expanduser(base or EMBEDDED))
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} names no base model: {error}") from error
     if base.name == EMBEDDED.name and not base.is_dir():  # another machine's
@@ -145,7 +145,7 @@ def adapter_base(folder: Path) -> str | None:
 
 def require_space(folder: str | os.PathLike, num_bytes: int) -> None:
     """Raise OSError (ENOSPC) unless the disk of `folder` has so many bytes free."""
-    folder = Path(folder).expanduser().absolute()
+    folder = Path(os.path.expanduser(folder)).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     if free < num_bytes:

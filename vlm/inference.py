@@ -147,9 +147,9 @@ def drawing_paths(
     """
     if output is None:
         return {}
-    output, usual = Path(output).expanduser(), (".png", ".jpg", ".jpeg")
+    output, usual = Path(os.path.expanduser(output)), (".png", ".jpg", ".jpeg")
     wanted = "file that ends in .png or .jpg" if single else "folder, for many drawings"
-    paths = [Path(file).expanduser() for file in images]
+    paths = [Path(os.path.expanduser(file)) for file in images]
     taken = paths if single else [path.parent for path in paths]
     if not output.parent.is_dir():
         raise FileNotFoundError(f"no folder {output.parent}: make it for --output")
@@ -161,7 +161,7 @@ def drawing_paths(
         return {images[0]: output}
     output.mkdir(exist_ok=True)
     names = [p.name if p.suffix.lower() in usual else f"{p.name}.png" for p in paths]
-    if len(set(names)) < len(names):
+    if len({*map(str.casefold, names)}) < len(names):  # on some disks one file
         raise ValueError(f"--output {output}: some images have one name, split them")
     return {file: output / name for file, name in zip(images, names)}
 

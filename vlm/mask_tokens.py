@@ -146,10 +146,7 @@ class Codebook(nn.Module):
     def nearest(self, features: Float[Tensor, "B 512 4 4"]) -> Int[Tensor, "B 16"]:
         """For each cell the code whose vector is nearest."""
         vectors = features.flatten(2).transpose(1, 2)  # [B, 16, 512]
-        # |v - e|² = |v|² - 2 v·e + |e|², and |v|² is the same for all codes
-        table = self._embedding
-        distance = table.square().sum(dim=1) - 2 * vectors @ table.T  # [B, 16, 128]
-        return distance.argmin(dim=-1)
+        return torch.cdist(vectors, self._embedding).argmin(dim=-1)  # [B, 16]
 
 
 class MaskDecoder(MaskModule):
@@ -233,8 +230,9 @@ class MaskVQVAE(nn.Module):
         chosen = codebook.look_up(codes)  # [B, 512, 4, 4]
         commitment = F.mse_loss(features, chosen)
         passed = features + (chosen - features).detach()
-        if self.training:
-            self.update_codebook(features.detach().float(), codes)
+        if self.training:  # in float32 in autocast, too
+            with torch.autocast(features.device.type, enabled=False):
+                self.update_codebook(features.detach().float(), codes)
         return self.decoder.decoder(passed), codes, commitment
 
     @torch.no_grad()

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -49,7 +48,7 @@ def class_f1(captions: Sequence[str], scenes: Sequence[Scene]) -> float:
     return 2 * true_positives / max(total, 1)
 
 
-def _to_coco(images: Sequence[Objects], labels: Sequence[str], iou_type: str) -> COCO:
+def _to_coco(images: Sequence[Objects], labels: Sequence[str]) -> COCO:
     "Objects as COCO's annotations; those of other classes than `labels` are ignored."
     rows = []
     for index, objects in enumerate(images):
@@ -59,9 +58,6 @@ def _to_coco(images: Sequence[Objects], labels: Sequence[str], iou_type: str) ->
             score = getattr(one, "score", 1.0)  # a scene's own objects have none
             row |= {"bbox": [x0, y0, x1 - x0, y1 - y0], "score": score}
             row |= {"iscrowd": 0, "area": 1}  # sizes aren't told apart
-            if iou_type == "segm":
-                pixels = np.asfortranarray(one.mask, np.uint8)
-                row["segmentation"] = coco_mask.encode(pixels)
             rows.append(row)
     data = COCO()
     data.dataset = {
@@ -74,14 +70,13 @@ def _to_coco(images: Sequence[Objects], labels: Sequence[str], iou_type: str) ->
 
 
 def average_precision(
-    found: Sequence[Objects], truth: Sequence[Objects], iou_type: str = "bbox"
+    found: Sequence[Objects], truth: Sequence[Objects]
 ) -> Float[np.ndarray, "10"]:
     """COCO's average precision at the IoU thresholds 0.5, 0.55 … 0.95, by pycocotools.
 
-    For each image its objects. `iou_type`: compare boxes ("bbox") or masks ("segm").
-    The first value is AP50, the mean of all ten AP50:95. Classes without a true object
-    are left out. Source: Lin et al. 2014. Raises ValueError for unequal numbers of
-    images, and where no true object is given.
+    For each image its objects, compared by their boxes. The first value is AP50, the
+    mean of all ten AP50:95. Classes without a true object are left out. Source: Lin et
+    al. 2014. Raises ValueError for unequal numbers of images, and for no true object.
     """
     if len(found) != len(truth):
         raise ValueError(f"answers for {len(found)} images, truth for {len(truth)}")
@@ -89,8 +84,8 @@ def average_precision(
     if not labels:
         raise ValueError("no image has a true object: there is no recall to measure")
     with contextlib.redirect_stdout(io.StringIO()):  # it reports each step
-        data = [_to_coco(images, labels, iou_type) for images in (truth, found)]
-        evaluator = COCOeval(*data, iou_type)
+        data = [_to_coco(images, labels) for images in (truth, found)]
+        evaluator = COCOeval(*data, "bbox")
         evaluator.params.areaRng, evaluator.params.maxDets = [[0, 2]], [100]
         evaluator.evaluate()
         evaluator.accumulate()
@@ -110,7 +105,7 @@ def object_ious(found: Objects, truth: Objects) -> list[float]:
     for i, true in enumerate(truth):
         for j, guess in enumerate(found):
             if guess.label == true.label:
-                masks = torch.from_numpy(guess.mask), torch.from_numpy(true.mask)
+                masks = (torch.tensor(one.mask.copy()) for one in (guess, true))
                 pairs.append((mask_iou(*masks).item(), i, j))
     ious, taken = {}, set()
     for iou, i, j in sorted(pairs, key=lambda pair: -pair[0]):

@@ -93,7 +93,7 @@ def make_controls() -> SimpleNamespace:
         run=button(description="Run", icon="play", button_style="primary"),
         stop=button(description="Stop", icon="stop", disabled=True),
     )
-    fields = [vars(controls)[name] for name in ("prompt", *SETTINGS)]
+    fields = controls.fields = [vars(controls)[n] for n in ("prompt", *SETTINGS)]
     own, act = [controls.new_scene, controls.upload], [controls.run, controls.stop]
     rows = [controls.shipped, widgets.HBox(own), controls.path, controls.examples]
     controls.box = widgets.VBox([*rows, *fields, widgets.HBox(act)], layout=HALF)
@@ -157,6 +157,7 @@ def bind_events(playground: "Playground") -> None:
         widget.observe(lambda change: change["new"] and act(change["new"]), "value")
 
     def take_upload(files: Sequence[dict]) -> None:
+        controls.upload.value = ()  # so that the same file can be given again
         playground.open(bytes(files[0]["content"]), files[0]["name"])
 
     def take_path(path: str) -> None:
@@ -248,8 +249,8 @@ class Playground:
 
     def _repr_mimebundle_(self, **kwargs: Any) -> dict[str, Any]:
         "The widgets; and for where no kernel runs, a picture of them that says so."
-        fields = [vars(self.controls)[name] for name in ("prompt", *SETTINGS)]
-        on = [f"{one.description:24}{one.value}" for one in fields if not one.disabled]
+        fields = (one for one in self.controls.fields if not one.disabled)
+        on = [f"{one.description:24}{one.value}" for one in fields]
         shown = self.output.line.value + self.output.view.value
         said = self.output.text.value + self.output.about.value
         static = html.static_page(shown, "\n".join(on), said)

@@ -128,11 +128,11 @@ class PretrainingObjective(Objective):
         log_probs = logits[:, :-1].float().log_softmax(dim=-1)  # [B, n - 1, V]
         ids = batch["input_ids"][:, 1 - n :]  # [B, n - 1]
         losses = -log_probs.gather(-1, ids[..., None])[..., 0]  # [B, n - 1]
-        is_seg = self._is_seg(ids)
-        targets = self.seg_targets[ids[is_seg] - self.first_seg]  # [seg tokens, 128]
+        # At every position, and chosen afterwards: a GPU needn't wait for how many.
         columns = slice(self.first_seg, self.first_seg + NUM_SEGS)
-        seg_losses = -(targets * log_probs[is_seg][:, columns]).sum(dim=-1)
-        losses = losses.masked_scatter(is_seg, seg_losses)
+        codes = (ids - self.first_seg).clamp(0, NUM_SEGS - 1)  # [B, n - 1]
+        seg_losses = -(self.seg_targets[codes] * log_probs[..., columns]).sum(dim=-1)
+        losses = torch.where(self._is_seg(ids), seg_losses, losses)
         return (losses * self._token_weights(batch)[:, 1 - n :]).sum()
 
     def forward(self, batch: dict[str, Tensor]) -> Float[Tensor, "3"]:

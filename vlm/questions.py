@@ -108,10 +108,10 @@ def make_question(
 ) -> Question:
     """A question about classes, whether the scene shows them or not.
 
-    `caption en` takes none, `detect owl ; pizza` and `segment owl` take any number, and
-    `answer en how many owls are there?` ("count") and `answer en is there an owl?`
-    ("presence") take one. Raises KeyError for another class, and ValueError for another
-    task, another number of classes, and for `segment` without `encode_masks`.
+    `caption en` ignores them, `detect owl ; pizza` and `segment owl` take one or more,
+    and `answer en how many owls are there?` ("count") and `answer en is there an owl?`
+    ("presence") take one: KeyError for an unknown class, ValueError for another number.
+    Raises ValueError for another task, and for `segment` without `encode_masks`.
     """
     prompt = f"{task} {' ; '.join(labels)}"
     if task == "caption":

@@ -94,7 +94,8 @@ def train_validation_split(
     rows for `validation`, training loses those about their images. ValueError where
     nothing is left to train on.
     """
-    hashes = {row.image: _file_hash(row.image) for row in [*rows, *validation]}
+    images = {row.image for row in [*rows, *validation]}
+    hashes = {image: _file_hash(image) for image in images}
     images = sorted({hashes[row.image] for row in rows})
     count = min(max(1, round(fraction * len(images))), len(images))
     chosen = {hashes[row.image] for row in validation}
@@ -112,6 +113,7 @@ def _find_splits(data: Path) -> dict[str, Path]:
         [*data.glob(f"*{split}*.jsonl"), *data.glob(f"*{split}*/*.jsonl")]
         for split in ("train", "val")
     )
+    val = [file for file in val if file not in train]  # trainval.jsonl
     if not train:  # one file for both
         train, val = [data] if data.is_file() else [*data.glob("*.jsonl")], []
     if len(train) != 1 or len(val) > 1:

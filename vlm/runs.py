@@ -94,9 +94,9 @@ def write_log(output: Path | None, entries: list[dict], mode: str = "w") -> None
 
 def publish(output: Path, log: list[dict], write: Callable[[Path], None]) -> None:
     """Let `output` appear, complete: what `write(folder)` writes, and the log."""
-    folder, processes = run_folder(output), PartialState()
+    folder = run_folder(output)
     result = folder / "result"
-    if processes.is_main_process:
+    if PartialState().is_main_process:  # the others are done: evaluating takes long
         shutil.rmtree(result, ignore_errors=True)  # of an attempt that failed
         try:
             write(result)
@@ -106,7 +106,6 @@ def publish(output: Path, log: list[dict], write: Callable[[Path], None]) -> Non
         os.replace(folder / LOG_FILE, result / LOG_FILE)
         os.replace(result, output)
         shutil.rmtree(folder)
-    processes.wait_for_everyone()
 
 
 def run_command(
@@ -125,7 +124,7 @@ def run_command(
 
     parser = OneLineParser(description=about, argument_default=argparse.SUPPRESS)
     add = parser.add_argument
-    add("--output", required=True, type=Path, help="folder that the result will be")
+    add("--output", required=True, type="path", help="folder that the result will be")
     parser.add_switch("--resume", "go on with an unfinished run")
     add("--stop_after", type=int, help="save and stop at this step")
     options = [option for option in fields(config_type) if option.init]
@@ -137,7 +136,7 @@ def run_command(
 
     def command() -> None:
         given = vars(parser.parse_args(argv))
-        output, resume = given.pop("output").expanduser(), given.pop("resume", False)
+        output, resume = Path(given.pop("output")), given.pop("resume", False)
         stop_after = given.pop("stop_after", None)
         saved = open_run(output, {}, resume)["settings"]  # before anything takes time
         given = {o.name: saved[o.name] for o in options if o.name in saved} | given

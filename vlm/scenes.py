@@ -237,6 +237,7 @@ def _draw_sticker(place: Placement, image_size: int) -> tuple[Image.Image, int, 
     if place.flip:
         sticker = sticker.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     sticker = sticker.rotate(place.angle, Image.Resampling.BILINEAR, expand=True)
+    sticker.thumbnail((image_size, image_size))  # rounded up, it may be larger
     left = round(place.x * image_size - sticker.width / 2)
     top = round(place.y * image_size - sticker.height / 2)
     left = min(max(left, 0), image_size - sticker.width)  # rounding can push it out

@@ -89,9 +89,8 @@ def parse_segmentations(
         raise ValueError(f"width and height are whole numbers, not {width}, {height}")
     if not isinstance(decoder, nn.Module):
         raise TypeError(f"decoder={decoder!r}: give what load_mask_decoder returns")
-    found = parse_detections(text, width, height)
-    valid = [one for one in found if one.codes is not None]
-    found.invalid += len(found) - len(valid)
+    found = parse_detections(text, width, height, needs_codes=True)
+    valid = [*found]
     found.clear()
     if valid:
         codes = torch.tensor([one.codes for one in valid])  # [n, 16]
@@ -120,7 +119,7 @@ def load_mask_decoder(
         files = (DECODER_FILE, GOOGLE_DECODER, ADAPTER_CONFIG)
         folder = find_checkpoint(model_path, only=files)
     else:
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         if path.suffix == ".npz":
             return MaskDecoder.from_npz(path)
         folder = path.parent if path.name == DECODER_FILE else path

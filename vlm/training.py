@@ -127,10 +127,13 @@ def make_accelerator(mixed_precision: str = "no") -> Accelerator:
     # format. Forgetting both allows a second run; a group of processes has to stay.
     alone = not torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=alone)
-    return Accelerator(
-        mixed_precision=mixed_precision,
-        dataloader_config=DataLoaderConfiguration(split_batches=True),
+    loading = DataLoaderConfiguration(split_batches=True)
+    accelerator = Accelerator(
+        mixed_precision=mixed_precision, dataloader_config=loading
     )
+    if mixed_precision == "fp16" and accelerator.scaler is None:  # it would be float32
+        raise ValueError(f"no fp16 on {accelerator.device.type}: use bf16 or no")
+    return accelerator
 
 
 def micro_batches(items: list[Any], collate: Callable, size: int) -> list[Any]:
@@ -165,12 +168,12 @@ def training_step(
             # Gradients are averaged over processes, and should be summed.
             accelerator.backward((part * weights).sum() * accelerator.num_processes)
         losses += part.detach()
+    norm = accelerator.clip_grad_norm_(objective.parameters(), MAX_GRAD_NORM)
     values = accelerator.reduce(losses, "sum").tolist()
-    if not all(map(math.isfinite, values)):
-        raise FloatingPointError(
-            f"a loss is NaN or inf ({values}): lower the learning rate, or use float32"
-        )
-    accelerator.clip_grad_norm_(objective.parameters(), MAX_GRAD_NORM)
+    checked = [*values, norm] if accelerator.scaler is None else values
+    if not all(map(math.isfinite, checked)):  # a scaler skips steps that overflow
+        advice = "lower the learning rate, or use float32"
+        raise FloatingPointError(f"a loss {values} or gradient is NaN or inf: {advice}")
     optimizer.step()
     optimizer.zero_grad()
     return dict(zip(plain.names, values, strict=True))

@@ -143,8 +143,11 @@ def load_hf_model(
     folder = find_checkpoint(model_path, SMALL_FILES)
     if (base := adapter_base(folder)) is not None:
         model, tokenizer = load_hf_model(base, device, dtype)
-        files = ["adapter_*.json", "adapter_*.safetensors"]
-        apply_adapter(model, find_checkpoint(model_path, files))
+        files = ["adapter_*.json", "adapter_*.safetensors", *COMPANIONS]
+        folder = find_checkpoint(model_path, files).resolve()
+        apply_adapter(model, folder)
+        model.name_or_path = str(folder)
+        model.companions = _companions_in(folder) or model.companions
         return model, tokenizer
     if not (folder / "config.json").is_file():
         raise missing_file("config.json", folder)
@@ -288,7 +291,7 @@ def save_hf_model(
     tokens' files come along, from where the model was loaded or `companions_from`.
     Raises ValueError, FileNotFoundError or OSError, and leaves `folder` as it was.
     """
-    folder = Path(folder).expanduser()
+    folder = Path(os.path.expanduser(folder))
     model, state = _tensors_to_save(model)
     companions = _companions_of(model, folder, companions_from)
     require_space(folder, sum(tensor.nbytes for tensor in state.values()))
@@ -317,7 +320,7 @@ def describe_model(
     """One sentence on the model that gave an answer: name, size, dtype and device."""
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
     size = f"{millions:,.1f} M parameters, {model.dtype}, {model.device}"
-    if model_path is not None and Path(model_path).expanduser() != EMBEDDED:
+    if model_path is not None and Path(os.path.expanduser(model_path)) != EMBEDDED:
         return f"{model_path}: {size}"
     return (
         f"the embedded model {EMBEDDED.name}: {size}. It knows about a hundred kinds "

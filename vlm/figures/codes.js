@@ -48,6 +48,7 @@ function (root) {
   };
   const slider = element("input", { type: "range", min: 0, max: 127 });
   slider.oninput = () => choose(state.token, Number(slider.value));
+  slider.onkeydown = (event) => event.stopPropagation();  // JupyterLab takes arrow keys
   const where = element("span");
   const back = element("button", { type: "button", className: "back" }, "Put it back");
   back.onclick = () => choose(state.token, codes[state.token]);

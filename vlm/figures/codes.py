@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 import numpy as np
+import torch
 from IPython.display import HTML
 from PIL import Image
 
@@ -61,7 +62,7 @@ def mask_codes(codes: Sequence[int], changes: Any) -> HTML:
     Raises ValueError for other shapes or codes out of range.
     """
     codes = [int(code) for code in codes]
-    changes = np.asarray(changes, dtype=np.float32)
+    changes = torch.as_tensor(changes).float().numpy(force=True)
     if len(codes) != CODES_PER_MASK or not all(0 <= code < NUM_SEGS for code in codes):
         raise ValueError(f"codes must be sixteen numbers from 0 to 127, not {codes}")
     shape = changes.shape
