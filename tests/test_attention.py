@@ -257,6 +257,21 @@ def test_a_mask_that_is_not_boolean_is_refused(dtype):
         unchecked(layer, states, *angles(8, 1, 3), mask)
 
 
+@pytest.mark.parametrize("num_new, masked", [(1, True), (1, False), (3, False)])
+@pytest.mark.parametrize("num_heads, kv_heads", [(6, 1), (6, 2), (4, 4)])
+def test_queries_of_a_group_may_be_queries_of_one_head(
+    num_heads, kv_heads, num_new, masked
+):
+    layer = attention((48, num_heads, kv_heads, 20))
+    query_states = torch.randn(2, num_heads, num_new, 20)
+    key_states, value_states = torch.randn(2, 2, kv_heads, 5, 20)
+    mask = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 0, 1]]).bool()[:, None, None]
+    states = query_states, key_states, value_states, mask if masked else None
+    expected, _ = layer.attend(*states, output_attentions=True)
+    output, _ = layer.attend(*states, output_attentions=False)
+    torch.testing.assert_close(output, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("output_attentions", [False, True])
 def test_without_a_mask_every_token_attends_to_every_token(output_attentions):
     layer, states = attention((48, 6, 2, 20)), torch.randn(2, 7, 48)

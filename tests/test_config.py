@@ -250,6 +250,9 @@ def test_newer_names_are_understood():
     config = PaliGemmaConfig.from_dict(values)
     assert config.image_token_index == 257157
     assert config.text_config.rope_theta == 500.0
+    for flat in (10000.0, None):  # where a file has both, transformers takes the nested
+        values["text_config"]["rope_theta"] = flat
+        assert PaliGemmaConfig.from_dict(values).text_config.rope_theta == 500.0
 
 
 def test_unknown_keys_are_ignored_and_null_means_default():

@@ -75,6 +75,7 @@ def test_sixteen_bits_are_scaled_to_eight(picture, tmp_path):
         assert opened.mode == "I"
     big_endian = Image.frombytes("I;16B", scan.size, wide.astype(">u2").tobytes())
     kinds = (scan, wide, "scan.png", "scan.ppm", scan.convert("I"), big_endian)
+    kinds += (wide.astype(">u2"),)
     for image in kinds:
         image = tmp_path / image if isinstance(image, str) else image
         same(load_image(image), gray.convert("RGB"))

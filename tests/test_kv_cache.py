@@ -156,6 +156,17 @@ def test_static_empty_places_are_zero():
     assert kv_cache.filled().tolist() == [True] * 5 + [False] * 59
 
 
+@pytest.mark.parametrize("make", [KVCache, lambda: StaticKVCache(tiny_config(), 1, 9)])
+def test_keys_and_values_may_come_in_another_format(make):
+    """In autocast, keys come out of the rotation in float32, values in bfloat16."""
+    kv_cache = make()
+    state = random_states(1, 1, 4, 6)
+    for states in (state, state[:, :, :1].bfloat16()):
+        keys, values = kv_cache.update(states, states, layer_idx=0)
+        kv_cache.update(states, states, layer_idx=1)
+    torch.testing.assert_close(keys[:, :, 4], state[:, :, 0], atol=1e-2, rtol=1e-2)
+
+
 def test_static_dtype():
     kv_cache = StaticKVCache(tiny_config(), 1, 4, dtype=torch.bfloat16)
     state = random_states(1, 1, 1, 6).bfloat16()

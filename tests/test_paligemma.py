@@ -543,6 +543,7 @@ def test_the_loss_is_the_mean_over_what_is_to_be_learned():
     places = [(0, 0, 3), (0, 2, 6), (0, 3, 0), (1, 3, 1)]
     expected = -sum(F.log_softmax(logits[b, t], -1)[w] for b, t, w in places) / 4
     torch.testing.assert_close(next_token_loss(logits, labels), expected)
+    torch.testing.assert_close(next_token_loss(logits, labels.int()), expected)
     assert next_token_loss(logits.bfloat16(), labels).dtype == torch.float32
 
 

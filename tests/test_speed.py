@@ -64,6 +64,21 @@ def test_few_rows_of_bfloat16_take_the_kernel(num_rows, monkeypatch):
     assert len(calls) == (num_rows <= FEW_ROWS)
 
 
+@pytest.mark.parametrize("width", [8, 40, 72])
+@torch.no_grad()
+def test_any_width_will_do(width, monkeypatch):
+    """The kernel reads past the end of rows that aren't a multiple of 16 long."""
+
+    def kernel(*inputs):
+        raise AssertionError("the process may die here")
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", kernel)
+    quantized = Int8Linear(nn.Linear(width, 48).bfloat16())
+    states = torch.randn(1, width).bfloat16()
+    expected = exact(quantized, states)
+    assert (quantized(states) - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_a_few_weights_at_once_give_what_all_give(dtype, monkeypatch):

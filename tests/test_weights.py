@@ -581,8 +581,6 @@ def test_dtype(checkpoint, dtype):
     wanted = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
     model, _ = load_hf_model(checkpoint, "cpu", dtype)
     assert {p.dtype for p in model.parameters()} == {wanted} and model.dtype == wanted
-    floats = {b.dtype for b in model.buffers() if b.is_floating_point()}
-    assert floats <= {torch.float32}  # angles keep their precision
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -618,12 +616,11 @@ def test_mapped_weights_can_be_trained_and_the_file_stays(copy):
     assert (copy / SINGLE_FILE).read_bytes() == before
 
 
-def test_an_empty_model_has_shapes_and_buffers_and_nothing_to_compute(model):
+def test_an_empty_model_has_shapes_and_nothing_to_compute(model):
     code = (
         "import sys; from vlm.weights import PaliGemmaConfig, empty_model; "
         "model = empty_model(PaliGemmaConfig()); "
         "assert all(weight.is_meta for weight in model.parameters()); "
-        "assert not any(buffer.is_meta for buffer in model.buffers()); "
         "assert 'torch._dynamo' not in sys.modules, 'the compiler was loaded'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -687,6 +684,14 @@ def test_conversion_takes_the_new_model_s_memory_and_no_copy_of_the_file(
 
 
 # --- Saving -------------------------------------------------------------------------
+
+
+def test_what_a_killed_save_left_goes_with_the_next(copy, tokenizer):
+    model, _ = load_hf_model(copy, "cpu")
+    (copy / ".unfinished-save-x").mkdir()
+    (copy / ".unfinished-save-x" / SINGLE_FILE).write_bytes(b"half")
+    save_hf_model(model, tokenizer, copy)
+    assert not [*copy.glob(".*")]
 
 
 def test_a_save_that_breaks_off_leaves_the_old_one(copy, tokenizer, monkeypatch):

@@ -94,13 +94,16 @@ class GemmaAttention(nn.Module):
             )
             return attn_output, weights if output_attentions else None
         group_size = query_states.shape[1] // key_states.shape[1]
-        if attention_mask is not None:  # on CUDA, masked groups may be unfused
+        if attention_mask is None or query_states.shape[2] == 1:
+            # All queries of a group attend to the same: as if they were of one head.
+            queries = query_states.unflatten(1, (-1, group_size)).flatten(2, 3)
+            states = queries, key_states, value_states  # queries: [B, K, H / K * T, Dh]
+        else:  # on CUDA, masked groups may be unfused
             states = query_states, *(repeat_kv(s, group_size) for s in states[1:])
-        enable_gqa = attention_mask is None and group_size > 1
         attn_output = F.scaled_dot_product_attention(
-            *states, attention_mask, scale=self.scaling, enable_gqa=enable_gqa
+            *states, attention_mask, scale=self.scaling
         )
-        return attn_output, None
+        return attn_output.reshape(query_states.shape), None
 
     def forward(
         self,

@@ -140,7 +140,7 @@ class GemmaConfig(_Config):
         _require(isinstance(rope, dict), "rope_parameters", rope, "a dict")
         kind = rope.get("rope_type") or rope.get("type") or "default"
         _require(kind == "default", "rope_type", kind, "'default'")
-        theta = values.get("rope_theta", rope.get("rope_theta"))
+        theta = rope.get("rope_theta", values.get("rope_theta"))
         return super().from_dict(values | {"rope_theta": theta})
 
 

@@ -49,7 +49,7 @@ def choose_dtype(
             return torch.float32 if decoder == "gemma2" else torch.float16
         return torch.float32 if is_mps and stored == torch.float64 else stored
     chosen = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if chosen not in FLOAT_TYPES:
+    if chosen not in FLOAT_TYPES or (chosen, device.type) == (torch.float64, "mps"):
         names = "'auto', '16-bit', 'float32', 'bfloat16', 'float16' or 'float64'"
         raise ValueError(f"the model can't compute in dtype={dtype!r}: use {names}")
     return chosen

@@ -56,7 +56,7 @@ def parse_hub_id(model_path: str | os.PathLike) -> tuple[str, str | None] | None
     name, page = r"(\w[\w.-]*/[\w.-]+)", r"https?://(?:huggingface\.co|hf\.co)/"
     found = re.fullmatch(
         rf"{name}(?:@(\S+)|/)?|{page}{name}(?:/(?:tree|blob|resolve)/([^/\s]+)\S*|/)?",
-        str(model_path),
+        model_path.as_posix() if isinstance(model_path, Path) else str(model_path),
     )
     if found is None or Path(model_path).exists():
         return None
@@ -72,11 +72,9 @@ def finish_save(folder: Path, staged: Path | None = None) -> None:
     waiting = folder / ".complete-save"  # all is written, but not yet in place
     if staged is not None:
         os.replace(staged, waiting)
-    if not waiting.is_dir():
-        return
     shards = {stored.file.name for stored in read_index(waiting)}
     last = INDEX_FILE if shards else SINGLE_FILE
-    for file in sorted(waiting.iterdir(), key=lambda file: file.name == last):
+    for file in sorted(waiting.glob("*"), key=lambda file: file.name == last):
         if file.name == last:
             former = {SINGLE_FILE, INDEX_FILE, *(f.name for f in folder.glob(SHARDS))}
             for name in former - shards - {last}:
@@ -140,7 +138,8 @@ def adapter_base(folder: Path) -> str | None:
         base = EMBEDDED
     if base.resolve() == folder.resolve():
         raise ValueError(f"{path} names itself: an adapter needs another base model")
-    return f"{base}@{revision}" if revision and not base.exists() else str(base)
+    name = base.as_posix()  # a hub id's slash, on Windows too
+    return f"{name}@{revision}" if revision and not base.exists() else name
 
 
 def require_space(folder: str | os.PathLike, num_bytes: int) -> None:

@@ -36,7 +36,7 @@ def array_to_image(array: np.ndarray) -> Image.Image:
             "an image array must be [H, W], [H, W, 3] or [H, W, 4], channels last, "
             f"not {list(array.shape)}"
         )
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in any byte order
         array = _to_bytes(array, 65535)
     elif array.dtype.kind in "bf":  # bool or float
         array = _to_bytes(array, 1)
@@ -89,7 +89,7 @@ def load_image(image: ImageLike) -> Image.Image:
     with suppress(Exception):  # a damaged tag; pixels are rotated before it's rewritten
         ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith(("I", "F")):  # not the values: a dark frame stays dark
-        largest = 1 if image.mode == "F" else 65535  # a 16-bit PPM file has mode I
+        largest = 1 if image.mode == "F" else 65535  # a 16-bit PGM file has mode I
         image = Image.fromarray(_to_bytes(np.asarray(image), largest))
     if image.has_transparency_data:
         image = image.convert("LA") if image.mode == "La" else image

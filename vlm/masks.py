@@ -98,10 +98,9 @@ def mask_and_positions(
         ("token_type_ids", types, ones.shape),
     ):
         if given.shape != shape:
-            raise ValueError(
-                f"{name} is {list(given.shape)}, expected {list(shape)}: {past} tokens "
-                f"in the cache and {num_new} new ones"
-            )
+            why = f"{past} tokens in the cache and {num_new} new ones"
+            found = f"{name} is {list(given.shape)}, expected {list(shape)}"
+            raise ValueError(f"{found}: {why}")
     position_ids = None
     if mask.ndim == 2:
         position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, M]

@@ -11,10 +11,8 @@ from torch import Tensor
 def rows_per_image(images: int, num_rows: int) -> int:
     """How many consecutive rows each image serves; ValueError if not equally many."""
     if images == 0 or num_rows % images:
-        raise ValueError(
-            f"{images} pictures can't serve {num_rows} rows evenly: give one for each "
-            "row, or one for every n consecutive rows"
-        )
+        uneven = f"{images} pictures can't serve {num_rows} rows evenly"
+        raise ValueError(f"{uneven}: give one for each, or for every n in a row")
     return num_rows // images
 
 

@@ -30,7 +30,7 @@ def next_token_loss(
         raise ValueError("one position has no next token to learn: keep 2 or all")
     labels = labels[:, -logits.shape[1] :]  # [B, n]
     logits = logits[:, :-1].flatten(0, 1).float()  # [B * (n-1), V]
-    targets = labels[:, 1:].flatten()  # position t predicts the token at t + 1
+    targets = labels[:, 1:].flatten().long()  # position t predicts the token at t + 1
     return F.cross_entropy(logits, targets, ignore_index=-100)
 
 

@@ -220,10 +220,8 @@ class PaliGemmaProcessor:
             suffixes = [self.encode_suffix(s) for s in _as_strings(suffix, "suffix")]
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if not prefixes or not images or len(prefixes) % len(images):
-            raise ValueError(
-                f"{len(prefixes)} prompts, but {len(images)} pictures: give one for "
-                "each prompt, or one for every n consecutive prompts"
-            )
+            got = f"{len(prefixes)} prompts, but {len(images)} pictures"
+            raise ValueError(f"{got}: give one for each, or for every n in a row")
         if suffixes is not None and len(suffixes) != len(prefixes):
             raise ValueError(f"{len(prefixes)} prompts, but {len(suffixes)} suffixes")
         pixels = [image_to_pixels(load_image(i), self.image_size) for i in images]

@@ -94,8 +94,7 @@ def train_validation_split(
     rows for `validation`, training loses those about their images. ValueError where
     nothing is left to train on.
     """
-    images = {row.image for row in [*rows, *validation]}
-    hashes = {image: _file_hash(image) for image in images}
+    hashes = {i: _file_hash(i) for i in {row.image for row in [*rows, *validation]}}
     images = sorted({hashes[row.image] for row in rows})
     count = min(max(1, round(fraction * len(images))), len(images))
     chosen = {hashes[row.image] for row in validation}

@@ -94,8 +94,7 @@ def write_log(output: Path | None, entries: list[dict], mode: str = "w") -> None
 
 def publish(output: Path, log: list[dict], write: Callable[[Path], None]) -> None:
     """Let `output` appear, complete: what `write(folder)` writes, and the log."""
-    folder = run_folder(output)
-    result = folder / "result"
+    folder, result = run_folder(output), run_folder(output) / "result"
     if PartialState().is_main_process:  # the others are done: evaluating takes long
         shutil.rmtree(result, ignore_errors=True)  # of an attempt that failed
         try:

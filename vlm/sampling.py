@@ -57,8 +57,7 @@ def top_p_filter(
     drop = before >= top_p
     drop[:, 0] = False  # nothing is ahead of the first, however small p is
     kept = sorted_logits.masked_fill(drop, -inf)  # [B, k]
-    nothing = torch.full_like(logits, -inf)
-    return nothing.scatter(1, order, kept)  # back in vocabulary order
+    return torch.full_like(logits, -inf).scatter(1, order, kept)  # vocabulary order
 
 
 def sample_next_token(
@@ -117,7 +116,7 @@ def uniform_numbers(
 
 RANGES = {  # setting → type, smallest and largest value, the same in words
     "max_new_tokens": (Integral, 1, inf, "a whole number, at least 1"),
-    "temperature": (Real, 0, 1e308, "0 (greedy) or a positive number"),
+    "temperature": (Real, 0, 1e38, "0 (greedy) or a positive number"),
     "top_k": (Integral, 1, inf, "a whole number, at least 1, or None"),
     "top_p": (Real, 1e-308, 1, "in (0, 1], or None"),
     "seed": (Integral, -(2**63), 2**64 - 1, "a whole number of at most 64 bits"),
@@ -177,14 +176,12 @@ def prefill(model: PaliGemma, inputs: Inputs, kv_cache: Cache) -> Float[Tensor, 
     Logits are computed from the shortest row's end on, not for the whole prompt.
     """
     attention_mask = inputs["attention_mask"]  # [B, T]
-    if attention_mask.all():  # nothing to mask out: the model needn't read a mask
-        inputs = inputs | {"attention_mask": None}
-        outputs = model(**inputs, kv_cache=kv_cache, logits_to_keep=1)
-        return outputs["logits"][:, -1]  # [B, 1, V] → [B, V]
     length = attention_mask.shape[1]
     positions = torch.arange(length, device=attention_mask.device)  # [T]
     last = (attention_mask * positions).argmax(dim=1)  # [B]
     keep = length - int(last.min())
+    if attention_mask.all():  # nothing to mask out: the model needn't read a mask
+        inputs = inputs | {"attention_mask": None}
     logits = model(**inputs, kv_cache=kv_cache, logits_to_keep=keep)["logits"]
     rows = torch.arange(len(last), device=last.device)
     return logits[rows, last - (length - keep)]  # [B, keep, V] → [B, V]

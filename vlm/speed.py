@@ -39,7 +39,8 @@ class Int8Linear(nn.Module):
     def forward(self, states: Float[Tensor, "*B in"]) -> Float[Tensor, "*B out"]:
         """As the linear layer would: few rows without writing the weights out."""
         num_rows, (out, width) = states.shape[:-1].numel(), self.weight.shape
-        if states.is_cpu and states.dtype == torch.bfloat16 and num_rows <= FEW_ROWS:
+        few = num_rows <= FEW_ROWS and width % 16 == 0  # the kernel reads 16 at a time
+        if few and states.is_cpu and states.dtype == torch.bfloat16:
             rows = states.reshape(num_rows, width).contiguous()  # [rows, in]
             outputs = torch._weight_int8pack_mm(rows, self.weight, self.scales)
             outputs = outputs.view(*states.shape[:-1], out)  # [..., out]

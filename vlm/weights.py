@@ -12,7 +12,6 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -83,8 +82,8 @@ class _SkipInit(TorchFunctionMode):
 
 
 def empty_model(config: PaliGemmaConfig) -> PaliGemma:
-    """A model with parameters on the meta device, shapes alone, and real buffers."""
-    with init_empty_weights(include_buffers=False), _SkipInit():
+    """A model with parameters on the meta device: shapes alone."""
+    with torch.device("meta"), _SkipInit():
         return PaliGemma(config)
 
 
@@ -165,7 +164,7 @@ def load_hf_model(
     model.load_state_dict(state, strict=True, assign=True)
     model.tie_weights()
     model.name_or_path, model.companions = str(folder), _companions_in(folder)
-    return model.to(device).eval(), tokenizer  # the buffers move too
+    return model.eval(), tokenizer
 
 
 def apply_adapter(model: nn.Module, folder: Path) -> None:
@@ -297,7 +296,9 @@ def save_hf_model(
     require_space(folder, sum(tensor.nbytes for tensor in state.values()))
     folder.mkdir(parents=True, exist_ok=True)
     finish_save(folder)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    for unfinished in folder.glob(".unfinished-save-*"):  # of a process that was killed
+        shutil.rmtree(unfinished, ignore_errors=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-save-") as scratch:
         staged = Path(scratch, "complete")
         model.config.save_pretrained(staged)
         tokenizer.save_pretrained(staged)
