@@ -98,9 +98,8 @@ def mask_and_positions(
         ("token_type_ids", types, ones.shape),
     ):
         if given.shape != shape:
-            why = f"{past} tokens in the cache and {num_new} new ones"
             found = f"{name} is {list(given.shape)}, expected {list(shape)}"
-            raise ValueError(f"{found}: {why}")
+            raise ValueError(f"{found}: {past} tokens in the cache, {num_new} new ones")
     position_ids = None
     if mask.ndim == 2:
         position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, M]

@@ -90,15 +90,17 @@ def empty_model(config: PaliGemmaConfig) -> PaliGemma:
 def read_weights(
     tensors: list[StoredTensor], device: torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """The tensors by their names in our model, each through a mapping of its own.
+    """The tensors by their names in our model, read one at a time.
 
     On the CPU in the file's own dtype they stay mapped from the file, not copied.
     Raises ValueError where an output head in the files isn't the embedding.
     """
     state: dict[str, Tensor] = {}
-    for name, file, _ in tensors:
-        with safe_open(file, "pt") as opened:
-            state[canonical_name(name)] = opened.get_tensor(name).to(device, dtype)
+    for name, file, tensor in tensors:
+        if device.type != "cpu" or tensor.dtype != dtype:
+            with safe_open(file, "pt") as opened:  # closed again, its pages are gone
+                tensor = opened.get_tensor(name).to(device, dtype)
+        state[canonical_name(name)] = tensor
     embedding = state.setdefault(EMBEDDING, state.get(TIED))
     head = state.setdefault(TIED, embedding)
     if head is not embedding and not torch.equal(head, embedding):
