@@ -274,10 +274,8 @@ def training(folder: Path, rounds: int, device: str) -> list[dict[str, float | s
     torch.testing.assert_close(ours(), other(), atol=1e-4, rtol=1e-4)
     rows = [row("training: captions of 16 pictures", ours, other)]
 
-    rng, encode_masks = (
-        random.Random(0),
-        MaskVQVAE.from_pretrained(EMBEDDED).encode_masks,
-    )
+    rng = random.Random(0)
+    encode_masks = MaskVQVAE.from_pretrained(EMBEDDED).encode_masks
     asked = [[sample_question(s, t, rng, encode_masks) for t in TASKS] for s in scenes]
     prefix, suffix = processor.encode_prefix, processor.encode_suffix
     packed = collate([

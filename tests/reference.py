@@ -200,13 +200,6 @@ def assert_same_training(ours: nn.Module, theirs: nn.Module, inputs: dict) -> No
         close(parameter.grad, gradients[name])
 
 
-def mapped_ranges(file: Path) -> list[tuple[int, int]]:
-    """Where in this process's memory a file is mapped, from Linux's own list."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    ranges = [line.split()[0].split("-") for line in lines if line.endswith(str(file))]
-    return [(int(start, 16), int(end, 16)) for start, end in ranges]
-
-
 def run_in_two_processes(script: Path, *words: str) -> subprocess.CompletedProcess:
     """Run a script twice at once, as one training on the CPU.
 

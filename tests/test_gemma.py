@@ -267,7 +267,7 @@ def test_real_model_has_gemma_2b_parameters():
         ),
         (
             dict(input_ids=random_ids(2, 5), attention_mask=torch.ones(2, 4)),
-            r"mask is \[2, 4\], expected \[2, 5\]: 0 tokens in the cache, 5",
+            r"mask is \[2, 4\], expected \[2, 5\]: 0 tokens in the cache and 5",
         ),
         (
             dict(input_ids=random_ids(2, 5), attention_mask=torch.ones(1, 5)),
@@ -302,7 +302,7 @@ def test_real_model_has_gemma_2b_parameters():
         (dict(input_ids=random_ids(1, 5), logits_to_keep=-1), "logits_to_keep"),
         (
             dict(input_ids=random_ids(1, 65)),
-            "65 tokens, but 64 positions",
+            "65 tokens, but the model has 64 positions",
         ),
     ],
 )
@@ -322,10 +322,10 @@ def test_bad_decode_steps_are_refused():
     kv_cache = StaticKVCache(ours.config, 1, max_length=60)
     with torch.no_grad():
         ours(random_ids(1, 60), kv_cache=kv_cache)
-        with pytest.raises(ValueError, match="60 tokens in the cache, 1 new"):
+        with pytest.raises(ValueError, match="60 tokens in the cache and 1 new"):
             ours(random_ids(1, 1), attention_mask=torch.ones(1, 1), kv_cache=kv_cache)
         with pytest.raises(ValueError, match="holds 60 tokens, but 61 are needed"):
             ours(random_ids(1, 1), kv_cache=kv_cache)
-        with pytest.raises(ValueError, match="65 tokens, but 64"):
+        with pytest.raises(ValueError, match="65 tokens, but the model has 64"):
             ours(random_ids(1, 5), kv_cache=kv_cache)
     assert kv_cache.num_items() == 60

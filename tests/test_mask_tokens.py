@@ -501,12 +501,12 @@ def test_training_takes_autocast(dtype):
 
 def test_the_nearest_code_is_the_same_in_autocast(shipped):
     """Also between two codes, a little nearer to one of them."""
-    table, nearest = (
-        shipped.decoder.codebook._embedding,
+    nearest, table = (
         shipped.decoder.codebook.nearest,
+        shipped.decoder.codebook._embedding,
     )
-    one, other = table, table.roll(1, dims=0)  # [128, 512] each
-    features = (0.501 * one + 0.499 * other).view(8, 4, 4, 512).permute(0, 3, 1, 2)
+    between = 0.501 * table + 0.499 * table.roll(1, dims=0)  # [128, 512]
+    features = between.view(8, 4, 4, 512).permute(0, 3, 1, 2)
     with torch.autocast("cpu", torch.bfloat16):
         inside = nearest(features)
     assert torch.equal(inside, nearest(features))

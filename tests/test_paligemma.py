@@ -630,5 +630,5 @@ def test_more_tokens_than_positions_are_an_error():
     config = tiny_config(text=dict(max_position_embeddings=8))
     model = PaliGemmaForConditionalGeneration(config)
     inputs = random_inputs(config, (5,))
-    with pytest.raises(ValueError, match="9 tokens, but 8 positions"):
+    with pytest.raises(ValueError, match="9 tokens, but .* 8 positions"):
         model(**inputs)

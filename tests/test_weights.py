@@ -15,7 +15,7 @@ import torch
 import transformers
 from checkpoints import assert_same_weights, content, edit, refused, rewrite
 from peft import LoraConfig, get_peft_model
-from reference import mapped_ranges, pair, random_inputs, tiny_config
+from reference import pair, random_inputs, tiny_config
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -616,6 +616,14 @@ def test_mapped_weights_can_be_trained_and_the_file_stays(copy):
     assert (copy / SINGLE_FILE).read_bytes() == before
 
 
+def mapped_ranges(file):
+    """Where in this process's memory a file is mapped, from Linux's own list."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.endswith(str(file)):
+            start, _, end = line.split()[0].partition("-")
+            yield int(start, 16), int(end, 16)
+
+
 def test_an_empty_model_has_shapes_and_nothing_to_compute(model):
     code = (
         "import sys; from vlm.weights import PaliGemmaConfig, empty_model; "
@@ -639,7 +647,7 @@ def test_on_the_cpu_the_file_is_the_model(copy, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "normal_", no_memory)
     model, _ = load_hf_model(copy, "cpu")
-    ranges = mapped_ranges(copy / SINGLE_FILE)
+    ranges = list(mapped_ranges(copy / SINGLE_FILE))
     for name, weight in model.named_parameters():
         place = weight.data_ptr()
         assert any(start <= place < end for start, end in ranges), name

@@ -187,8 +187,8 @@ class GemmaForCausalLM(nn.Module):
         past = kv_cache.num_items() if kv_cache is not None else 0
         limit = self.config.max_position_embeddings
         if (length := past + inputs_embeds.shape[1]) > limit:
-            advice = "shorten the prompt or generate fewer tokens"
-            raise ValueError(f"{length} tokens, but {limit} positions: {advice}")
+            found = f"{length} tokens, but the model has {limit} positions"
+            raise ValueError(f"{found}: shorten the prompt or generate fewer tokens")
         mask, counted = mask_and_positions(
             inputs_embeds, kv_cache, attention_mask, token_type_ids, is_prefix
         )  # [B, 1, T, M], [B, T]

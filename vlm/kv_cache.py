@@ -152,7 +152,7 @@ class StaticKVCache:
         keys, values = self._buffers[layer_idx]  # [B, K, max_length, Dh] each
         _require_same_batch(keys, key_states)
         slots = self.position + torch.arange(key_states.shape[2], device=keys.device)
-        keys.index_copy_(2, slots, key_states.to(keys.dtype))  # other in autocast
+        keys.index_copy_(2, slots, key_states.to(keys.dtype))  # another one in autocast
         values.index_copy_(2, slots, value_states.to(values.dtype))
         is_first, is_last = self._is_empty, layer_idx == len(self._buffers) - 1
         if is_last:

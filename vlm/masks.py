@@ -98,8 +98,8 @@ def mask_and_positions(
         ("token_type_ids", types, ones.shape),
     ):
         if given.shape != shape:
-            found = f"{name} is {list(given.shape)}, expected {list(shape)}"
-            raise ValueError(f"{found}: {past} tokens in the cache, {num_new} new ones")
+            found = f"{name} is {list(given.shape)}, expected {list(shape)}: {past}"
+            raise ValueError(f"{found} tokens in the cache and {num_new} new ones")
     position_ids = None
     if mask.ndim == 2:
         position_ids = (mask.long().cumsum(dim=1) - 1).clamp(min=0)  # [B, M]

@@ -12,12 +12,12 @@ def rows_per_image(images: int, num_rows: int) -> int:
     """How many consecutive rows each image serves; ValueError if not equally many."""
     if images == 0 or num_rows % images:
         uneven = f"{images} pictures can't serve {num_rows} rows evenly"
-        raise ValueError(f"{uneven}: give one for each, or for every n in a row")
+        raise ValueError(f"{uneven}: give one for each, or one for every n of them")
     return num_rows // images
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether a check may read values: not from a GPU, which would wait, or a graph."""
+    """Whether a check may read values: a GPU would wait, and a graph can't."""
     return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
@@ -30,7 +30,7 @@ def merge_image_features(
 
     Fewer images than rows serve consecutive rows: see `rows_per_image`.
     Raises ValueError where a row hasn't exactly N image tokens; where values can't be
-    read, all features become NaN instead, or PyTorch stops for want of features.
+    read, all features become NaN, or PyTorch fails: it has fewer features than tokens.
     """
     repeats = rows_per_image(image_features.shape[0], image_mask.shape[0])
     features = image_features.repeat_interleave(repeats, dim=0)  # [B, N, D]

@@ -105,7 +105,7 @@ def object_ious(found: Objects, truth: Objects) -> list[float]:
     for i, true in enumerate(truth):
         for j, guess in enumerate(found):
             if guess.label == true.label:
-                masks = (torch.tensor(one.mask.copy()) for one in (guess, true))
+                masks = (torch.from_numpy(one.mask.copy()) for one in (guess, true))
                 pairs.append((mask_iou(*masks).item(), i, j))
     ious, taken = {}, set()
     for iou, i, j in sorted(pairs, key=lambda pair: -pair[0]):

@@ -69,14 +69,15 @@ class PretrainingConfig(TrainingConfig):
 def soft_targets(codebook: Codebook) -> Float[Tensor, "128 128"]:
     """For each right code, a distribution over all codes that favors similar ones.
 
-    A softmax of minus the squared distance; the unit: its median to the nearest code.
+    A softmax of minus the squared distance, in units of the median squared distance
+    from a code to its nearest neighbor.
     """
     distance = torch.cdist(codebook._embedding, codebook._embedding).square()
     nearest = distance.topk(2, largest=False).values[:, 1]  # the first is itself
     return (-distance / nearest.median()).softmax(dim=-1)
 
 
-BOX_WEIGHT = 5.0  # distances are fractions of a picture; DETR's factor, of their sum
+BOX_WEIGHT = 5.0  # distances are fractions of a picture; DETR has 5 on their sum
 
 
 class PretrainingObjective(Objective):

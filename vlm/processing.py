@@ -221,7 +221,7 @@ class PaliGemmaProcessor:
         images = list(images) if isinstance(images, (list, tuple)) else [images]
         if not prefixes or not images or len(prefixes) % len(images):
             got = f"{len(prefixes)} prompts, but {len(images)} pictures"
-            raise ValueError(f"{got}: give one for each, or for every n in a row")
+            raise ValueError(f"{got}: give one for each, or one for every n of them")
         if suffixes is not None and len(suffixes) != len(prefixes):
             raise ValueError(f"{len(prefixes)} prompts, but {len(suffixes)} suffixes")
         pixels = [image_to_pixels(load_image(i), self.image_size) for i in images]

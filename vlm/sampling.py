@@ -360,7 +360,7 @@ def generation_steps(
     It is the same list every time. Raises at the call, as `check_inputs`.
     """
     check_inputs(model, inputs, settings)
-    # Faster, but a CUDA graph recorded in it spoils later ones (pytorch#135892).
+    # Inference mode is faster, but spoils CUDA graphs made later (pytorch#135892).
     mode = torch.no_grad() if settings.compile else torch.inference_mode()
     steps = mode(token_steps)(model, inputs, settings)
     return grow_rows(tokenizer, len(inputs["input_ids"]), steps, settings)

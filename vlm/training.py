@@ -127,9 +127,9 @@ def make_accelerator(mixed_precision: str = "no") -> Accelerator:
     # format. Forgetting both allows a second run; a group of processes has to stay.
     alone = not torch.distributed.is_initialized()
     AcceleratorState._reset_state(reset_partial_state=alone)
-    loading = DataLoaderConfiguration(split_batches=True)
     accelerator = Accelerator(
-        mixed_precision=mixed_precision, dataloader_config=loading
+        mixed_precision=mixed_precision,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
     )
     if mixed_precision == "fp16" and accelerator.scaler is None:  # it would be float32
         raise ValueError(f"no fp16 on {accelerator.device.type}: use bf16 or no")
