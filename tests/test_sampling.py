@@ -6,7 +6,7 @@ from dataclasses import fields
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference import pair, random_inputs, tiny_config, trained_tokenizer
 from tokenizers import Tokenizer
@@ -764,6 +764,8 @@ def test_any_text_survives(text):
 
     text = text.replace("▁", "")  # the tokenizer's own sign for a space
     tokenizer = tiny_tokenizer()
+    # Special tokens leave no text; hypothesis takes "<bos>" from our own source.
+    assume(not any(token in text for token in tokenizer.all_special_tokens))
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert "".join(decode_in_pieces(tokenizer, ids)) == text
 
